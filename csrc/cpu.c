@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+/* What the machine offers: instruction sets and processors. */
+#define _GNU_SOURCE
+#include "cpu.h"
+#include "runtime.h"
+
+#include <inttypes.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
+/* ---- instruction sets --------------------------------------------------------------------------- */
+
+static const char *const isa_name[] = {
+    [CMB_ISA_BASE] = "base", [CMB_ISA_AVX2] = "avx2", [CMB_ISA_AVX512] = "avx512", [CMB_ISA_NEON] = "neon"};
+
+/* Lowest first; a machine that runs one runs all before it. */
+#if defined(__x86_64__)
+static const cmb_isa ladder[] = {CMB_ISA_BASE, CMB_ISA_AVX2, CMB_ISA_AVX512};
+
+/* How far up the ladder the processor goes AND the system saves the registers: a kernel or a hypervisor
+ * that does not leaves the cpuid bits set. */
+static int detect(void) {
+    const uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28;
+    const uint32_t avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* f, dq, bw, vl */
+    const uint32_t ymm = 0x6, zmm = 0xe6;
+    uint32_t a, b, c, d, features, saved;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (fma | osxsave | avx)) != (fma | osxsave | avx))
+        return 1;
+    if (!__get_cpuid_count(7, 0, &a, &features, &c, &d))
+        return 1;
+    __asm__ volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+    if (!(features & avx2) || (saved & ymm) != ymm)
+        return 1;
+    return (features & avx512) == avx512 && (saved & zmm) == zmm ? 3 : 2;
+}
+#elif defined(__aarch64__)
+static const cmb_isa ladder[] = {CMB_ISA_BASE, CMB_ISA_NEON};
+static int detect(void) { return 2; }
+#else
+static const cmb_isa ladder[] = {CMB_ISA_BASE};
+static int detect(void) { return 1; }
+#endif
+
+int cmb_isa_count(void) {
+    static atomic_int known; /* detecting twice does no harm */
+    int count = atomic_load_explicit(&known, memory_order_relaxed);
+    if (count == 0) {
+        count = detect();
+        atomic_store_explicit(&known, count, memory_order_relaxed);
+    }
+    return count;
+}
+
+const char *cmb_isa_name(int index) { return index >= 0 && index < cmb_isa_count() ? isa_name[ladder[index]] : NULL; }
+
+static int isa_index(const char *name) {
+    for (int n = 0; name && n < cmb_isa_count(); n++)
+        if (strcmp(name, isa_name[ladder[n]]) == 0)
+            return n;
+    return -1;
+}
+
+static atomic_int isa_chosen = -1; /* an index into the ladder; -1: COMBINER_ISA has not been read */
+
+static int isa_chosen_index(void) {
+    int chosen = atomic_load_explicit(&isa_chosen, memory_order_relaxed);
+    if (chosen >= 0)
+        return chosen;
+    int first = isa_index(getenv("COMBINER_ISA"));
+    if (first < 0)
+        first = cmb_isa_count() - 1;
+    /* where another thread was quicker, cmb_set_isa's choice above all, it stands */
+    return atomic_compare_exchange_strong(&isa_chosen, &chosen, first) ? first : chosen;
+}
+
+cmb_isa cmb_isa_current(void) { return ladder[isa_chosen_index()]; }
+
+const char *cmb_get_isa(void) { return isa_name[cmb_isa_current()]; }
+
+cmb_status cmb_set_isa(const char *name, cmb_error *error) {
+    const int index = isa_index(name);
+    if (index < 0) {
+        char names[64] = "";
+        for (int n = 0, end = 0; n < cmb_isa_count(); n++)
+            end += snprintf(names + end, sizeof names - (size_t)end, "%s%s", n > 0 ? ", " : "", cmb_isa_name(n));
+        return cmb_fail(error, CMB_ERR_VALUE, "isa must be one of %s on this machine, got %s", names,
+                        name ? name : "NULL");
+    }
+    atomic_store(&isa_chosen, index);
+    return CMB_OK;
+}
+
+/* ---- processors --------------------------------------------------------------------------------- */
+
+#ifdef __linux__
+/* The first one or two integers of <directory>/<file>; how many there were. */
+static int read_integers(const char *directory, const char *file, int64_t value[2]) {
+    char path[1024];
+    const int length = snprintf(path, sizeof path, "%s/%s", directory, file);
+    if (length < 0 || (size_t)length >= sizeof path)
+        return 0;
+    FILE *stream = fopen(path, "re");
+    if (!stream)
+        return 0;
+    const int count = fscanf(stream, "%" SCNd64 " %" SCNd64, &value[0], &value[1]);
+    fclose(stream);
+    return count > 0 ? count : 0;
+}
+
+/* Processors that one cgroup's own files grant: "150000 100000" us is 2. INT_MAX: no limit. */
+static int cgroup_quota(const char *directory) {
+    int64_t quota[2], period[2];
+    if (read_integers(directory, "cpu.max", quota) == 2) { /* v2; "max 100000" holds no integer first */
+        period[0] = quota[1];
+    } else if (read_integers(directory, "cpu.cfs_quota_us", quota) != 1 ||
+               read_integers(directory, "cpu.cfs_period_us", period) != 1) {
+        return INT_MAX;
+    }
+    if (quota[0] <= 0 || period[0] <= 0)
+        return INT_MAX;
+    const int64_t count = quota[0] / period[0] + (quota[0] % period[0] != 0);
+    return count < INT_MAX ? (int)count : INT_MAX;
+}
+
+/* The least quota of a cgroup and its ancestors. A container often shows the host's path while the tree
+ * it sees starts at its own cgroup: missing directories grant everything. */
+static int cgroup_path_quota(const char *tree, const char *path) {
+    char directory[1024];
+    const size_t top = strlen(tree);
+    int least = INT_MAX;
+    if (top + strlen(path) >= sizeof directory)
+        path = "";
+    snprintf(directory, sizeof directory, "%s%s", tree, path);
+    for (;;) {
+        const int quota = cgroup_quota(directory);
+        if (quota < least)
+            least = quota;
+        char *slash = strrchr(directory + top, '/');
+        if (!slash)
+            return least;
+        *slash = '\0';
+    }
+}
+
+static int cgroups_quota(const char *root) {
+    char path[512], tree[512], line[512];
+    int least = INT_MAX;
+    snprintf(path, sizeof path, "%s/proc/self/cgroup", root);
+    FILE *stream = fopen(path, "re");
+    if (!stream)
+        return least;
+    while (fgets(line, sizeof line, stream)) { /* "0::/path" (v2) or "4:cpu,cpuacct:/path" (v1) */
+        char *controllers = strchr(line, ':');
+        char *group = controllers ? strchr(controllers + 1, ':') : NULL;
+        if (!group)
+            continue;
+        *group++ = '\0';
+        group[strcspn(group, "\n")] = '\0';
+        const bool v2 = controllers[1] == '\0';
+        bool cpu = false;
+        char *rest = NULL;
+        for (const char *name = strtok_r(controllers + 1, ",", &rest); name; name = strtok_r(NULL, ",", &rest))
+            cpu |= strcmp(name, "cpu") == 0;
+        if (!v2 && !cpu)
+            continue;
+        snprintf(tree, sizeof tree, "%s/sys/fs/cgroup%s", root, v2 ? "" : "/cpu");
+        const int quota = cgroup_path_quota(tree, group);
+        if (quota < least)
+            least = quota;
+    }
+    fclose(stream);
+    return least;
+}
+#endif
+
+int cmb_processors(const char *root) {
+    int count = 0;
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0)
+        count = CPU_COUNT(&set);
+#endif
+    if (count < 1) {
+        const long online = sysconf(_SC_NPROCESSORS_ONLN);
+        count = online > 0 && online < INT_MAX ? (int)online : 1;
+    }
+#ifdef __linux__
+    const int quota = cgroups_quota(root);
+    if (quota < count)
+        count = quota;
+#else
+    (void)root;
+#endif
+    return count;
+}

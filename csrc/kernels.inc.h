@@ -1,0 +1,426 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * The kernels' one body (kernels.h says what each computes). Parameters:
+ *   REAL, SUFFIX, FLOAT_BITS   float, f32, 32 or double, f64, 64
+ *   ISA, VECTOR_BYTES          avx2, 32 and so on; the including file has set the target
+ *   REGISTERS                  accumulators the micro-kernel may hold: the vector registers less those
+ *                              for one row of b and a broadcast
+ */
+#include <math.h>
+
+#define PASTE3(a, b, c) a##b##_##c
+#define NAME3(a, b, c) PASTE3(a, b, c)
+#define PASTE2(a, b) a##_##b
+#define NAME2(a, b) PASTE2(a, b)
+#define vec NAME2(vec, SUFFIX)
+#define unaligned_vec NAME2(unaligned_vec, SUFFIX)
+#define bits NAME2(bits, SUFFIX)
+#define lane_bit NAME2(lane_bit, SUFFIX)
+#define load NAME2(load, SUFFIX)
+#define store NAME2(store, SUFFIX)
+#define broadcast NAME2(broadcast, SUFFIX)
+#define rounded NAME2(rounded, SUFFIX)
+#define if_nonzero NAME2(if_nonzero, SUFFIX)
+#define fma_vec NAME2(fma_vec, SUFFIX)
+#define maximum NAME2(maximum, SUFFIX)
+#define select_lanes NAME2(select_lanes, SUFFIX)
+#define load_part NAME2(load_part, SUFFIX)
+#define store_part NAME2(store_part, SUFFIX)
+#define interleave_low NAME2(interleave_low, SUFFIX)
+#define interleave_high NAME2(interleave_high, SUFFIX)
+#define K(name) NAME2(name, SUFFIX)
+
+#include "vec.h"
+
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+/* Kept out of line: inlined into its caller the micro-kernel spills its accumulators (5 times slower). */
+#define NOINLINE static __attribute__((noinline))
+#define INLINE static inline __attribute__((always_inline))
+
+#define LOWEST (FLOAT_BITS == 32 ? (REAL)-3.40282346638528859812e+38 : (REAL)-1.79769313486231570815e+308)
+
+/* ---- 2^x ---------------------------------------------------------------------------------------- */
+
+/* x <= 1. n = round(x) by adding a number whose last bit is worth 1 (and whose low bits carry the exponent's
+ * bias), then a polynomial on x - n in [-1/2, 1/2]. Degree 6 with coefficients searched for float (0.835
+ * ulp, every argument tried), degree 11 minimax for double (0.18 * 2^-53 before rounding). */
+INLINE vec K(exp2_vec)(vec x) {
+#if FLOAT_BITS == 32
+    const vec magic = broadcast(12582912.0f + 127.0f), least = broadcast(-127.0f);
+    static const REAL c[] = {0x1.42228p-13f,  0x1.5f181ap-10f, 0x1.3b2c92p-7f, 0x1.c6af3ep-5f,
+                             0x1.ebfbdcp-3f, 0x1.62e43p-1f,   1.0f};
+#else
+    const vec magic = broadcast(6755399441055744.0 + 1023.0), least = broadcast(-1023.0);
+    static const REAL c[] = {0x1.eabaad8f95e2fp-32, 0x1.e6091eff2c647p-28, 0x1.b524864a03113p-24,
+                             0x1.62bfd27f38186p-20, 0x1.ffcbfc8da45eap-17, 0x1.4309130a5bd50p-13,
+                             0x1.5d87fe78a090ap-10, 0x1.3b2ab6fba1877p-7,  0x1.c6b08d704a0cap-5,
+                             0x1.ebfbdff82c59bp-3,  0x1.62e42fefa39efp-1,  1.0};
+#endif
+    x = maximum(least, x); /* the constant first: a NaN stays */
+    vec biased = x + magic;
+    vec f = x - (biased - magic);
+    vec p = broadcast(c[0]);
+    UNROLL for (int i = 1; i < (int)(sizeof c / sizeof *c); i++) p = fma_vec(p, f, broadcast(c[i]));
+    vec power = (vec)((bits)biased << (FLOAT_BITS == 32 ? 23 : 52)); /* 2^n, and 0 for the least n */
+    return rounded(p * power);
+}
+
+static void K(exp2)(int64_t n, const REAL *x, REAL *y) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        store(y + i, K(exp2_vec)(load(x + i)));
+    if (i < n)
+        store_part(y + i, K(exp2_vec)(load_part(x + i, (int)(n - i))), (int)(n - i));
+}
+
+/* ---- packing ------------------------------------------------------------------------------------ */
+
+/* LANES x LANES, in place: log2(LANES) rounds of a perfect shuffle, each of which rotates the bits of
+ * (row, column) by one. */
+INLINE void K(transpose)(vec x[LANES]) {
+    UNROLL for (int round = 1; round < LANES; round *= 2) {
+        vec y[LANES];
+        UNROLL for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = interleave_low(x[i], x[i + LANES / 2]);
+            y[2 * i + 1] = interleave_high(x[i], x[i + LANES / 2]);
+        }
+        UNROLL for (int i = 0; i < LANES; i++) x[i] = y[i];
+    }
+}
+
+static void K(pack)(int n, const REAL *const *row, int64_t dim, REAL scale, int width, REAL *packed) {
+    const vec factor = broadcast(scale);
+    for (int lane = 0; lane < width; lane += LANES) {
+        int64_t d = 0;
+        for (; d + LANES <= dim; d += LANES) {
+            vec x[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) x[i] = lane + i < n ? load(row[lane + i] + d) * factor : (vec){0};
+            K(transpose)(x);
+            UNROLL for (int i = 0; i < LANES; i++) store(packed + (d + i) * width + lane, x[i]);
+        }
+        if (d < dim) {
+            int rest = (int)(dim - d);
+            vec x[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) x[i] =
+                lane + i < n ? load_part(row[lane + i] + d, rest) * factor : (vec){0};
+            K(transpose)(x);
+            for (int i = 0; i < rest; i++)
+                store(packed + (d + i) * width + lane, x[i]);
+        }
+    }
+}
+
+/* ---- the product -------------------------------------------------------------------------------- */
+
+/* mr rows of a against nr vectors of b's columns; of the last vector only `part` elements, if part > 0. */
+INLINE void K(micro)(int mr, int nr, int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b,
+                     REAL *const *c, int64_t column, int part, bool add) {
+    vec sum[12][4];
+    const REAL *x[12];
+    UNROLL for (int i = 0; i < mr; i++) {
+        x[i] = a[i];
+        UNROLL for (int j = 0; j < nr; j++) sum[i][j] = (vec){0};
+    }
+    int64_t at = 0;
+    for (int64_t t = 0; t < k; t++, at += a_step) {
+        const REAL *y = b[t] + column;
+        vec v[4];
+        UNROLL for (int j = 0; j < nr; j++) v[j] = part ? load_part(y, part) : load(y + j * LANES);
+        UNROLL for (int i = 0; i < mr; i++) {
+            vec s = broadcast(x[i][at]);
+            UNROLL for (int j = 0; j < nr; j++) sum[i][j] = fma_vec(s, v[j], sum[i][j]);
+        }
+    }
+    UNROLL for (int i = 0; i < mr; i++) {
+        REAL *z = c[i] + column;
+        UNROLL for (int j = 0; j < nr; j++) {
+            if (part)
+                store_part(z, add ? load_part(z, part) + sum[i][j] : sum[i][j], part);
+            else
+                store(z + j * LANES, add ? load(z + j * LANES) + sum[i][j] : sum[i][j]);
+        }
+    }
+}
+
+typedef void K(micro_kernel)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b, REAL *const *c,
+                             int64_t column, int part, bool add);
+
+#define MICRO(mr, nr)                                                                                                 \
+    NOINLINE void K(micro_##mr##x##nr)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b,         \
+                                       REAL *const *c, int64_t column, int part, bool add) {                         \
+        (void)part;                                                                                                  \
+        K(micro)(mr, nr, k, a, a_step, b, c, column, 0, add);                                                        \
+    }
+#define MICRO_PART(mr)                                                                                                \
+    NOINLINE void K(micro_part_##mr)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b,           \
+                                     REAL *const *c, int64_t column, int part, bool add) {                           \
+        K(micro)(mr, 1, k, a, a_step, b, c, column, part, add);                                                      \
+    }
+/* clang-format off */
+MICRO(12, 1) MICRO(8, 1) MICRO(4, 1) MICRO(2, 1) MICRO(1, 1)
+MICRO(4, 2) MICRO(2, 2) MICRO(1, 2)
+MICRO_PART(8) MICRO_PART(4) MICRO_PART(2) MICRO_PART(1)
+#if REGISTERS >= 24
+MICRO(12, 2) MICRO(8, 2)
+MICRO(8, 3) MICRO(4, 3) MICRO(2, 3) MICRO(1, 3)
+MICRO(6, 4) MICRO(4, 4) MICRO(2, 4) MICRO(1, 4)
+enum { K(widest) = 4 };
+#else
+MICRO(6, 2)
+enum { K(widest) = 2 };
+#endif
+/* clang-format on */
+#undef MICRO
+#undef MICRO_PART
+
+/* Heights for each width, highest first: as many accumulators as the registers hold. */
+typedef struct {
+    int height;
+    K(micro_kernel) * kernel;
+} K(step);
+static const K(step) K(steps)[5][6] = {
+    {{8, K(micro_part_8)}, {4, K(micro_part_4)}, {2, K(micro_part_2)}, {1, K(micro_part_1)}},
+    {{12, K(micro_12x1)}, {8, K(micro_8x1)}, {4, K(micro_4x1)}, {2, K(micro_2x1)}, {1, K(micro_1x1)}},
+#if REGISTERS >= 24
+    {{12, K(micro_12x2)}, {8, K(micro_8x2)}, {4, K(micro_4x2)}, {2, K(micro_2x2)}, {1, K(micro_1x2)}},
+    {{8, K(micro_8x3)}, {4, K(micro_4x3)}, {2, K(micro_2x3)}, {1, K(micro_1x3)}},
+    {{6, K(micro_6x4)}, {4, K(micro_4x4)}, {2, K(micro_2x4)}, {1, K(micro_1x4)}},
+#else
+    {{6, K(micro_6x2)}, {4, K(micro_4x2)}, {2, K(micro_2x2)}, {1, K(micro_1x2)}},
+#endif
+};
+
+/* Columns outside, so that k rows of b's columns stay in L1 while the rows of a pass. */
+static void K(product)(int64_t m, int64_t n, int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b,
+                       REAL *const *c, int64_t column, bool add) {
+    for (int64_t end = column + n; column < end;) {
+        int64_t vectors = (end - column) / LANES;
+        int nr = vectors < K(widest) ? (int)vectors : K(widest);
+        int part = nr ? 0 : (int)(end - column);
+        const K(step) *step = K(steps)[nr];
+        for (int64_t i = 0; i < m; i += step->height) {
+            while (step->height > m - i)
+                step++;
+            step->kernel(k, a + i, a_step, b, c + i, column, part, add);
+        }
+        column += nr ? nr * LANES : part;
+    }
+}
+
+/* ---- one query: vectors along the features ------------------------------------------------------ */
+
+enum { K(parts) = CMB_GROUP / LANES > 0 ? CMB_GROUP / LANES : 1 }; /* vectors that hold 16 virtual lanes */
+
+/* The 16 virtual lanes as a sum, in one order for every vector length. */
+INLINE REAL K(sum16)(const vec x[K(parts)]) {
+    REAL lane[CMB_GROUP];
+    UNROLL for (int i = 0; i < K(parts); i++) store(lane + i * LANES, x[i]);
+    for (int half = CMB_GROUP / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            lane[i] += lane[i + half];
+    return lane[0];
+}
+
+static void K(dot)(int64_t n, const REAL *const *row, int64_t dim, const REAL *x, REAL *s) {
+    for (int64_t r = 0; r < n; r++) {
+        vec sum[K(parts)];
+        UNROLL for (int i = 0; i < K(parts); i++) sum[i] = (vec){0};
+        int64_t d = 0;
+        for (; d + CMB_GROUP <= dim; d += CMB_GROUP)
+            UNROLL for (int i = 0; i < K(parts); i++) sum[i] =
+                fma_vec(load(row[r] + d + i * LANES), load(x + d + i * LANES), sum[i]);
+        for (int i = 0; d < dim; i++, d += LANES) {
+            int rest = dim - d < LANES ? (int)(dim - d) : LANES;
+            sum[i] = fma_vec(load_part(row[r] + d, rest), load_part(x + d, rest), sum[i]);
+        }
+        s[r] = K(sum16)(sum);
+    }
+}
+
+static REAL K(row_softmax)(int64_t n, REAL *s, REAL *m, REAL *l) {
+    REAL top = *m;
+    for (int64_t i = 0; i < n; i++)
+        top = s[i] > top ? s[i] : top;
+    const vec base = broadcast(top > LOWEST ? top : LOWEST);
+    for (int64_t i = n; i % CMB_GROUP; i++)
+        s[i] = -(REAL)INFINITY;
+    vec sum[K(parts)];
+    UNROLL for (int i = 0; i < K(parts); i++) sum[i] = (vec){0};
+    for (int64_t t = 0; t < n; t += CMB_GROUP)
+        UNROLL for (int i = 0; i < K(parts); i++) {
+            vec p = K(exp2_vec)(load(s + t + i * LANES) - base);
+            store(s + t + i * LANES, p);
+            sum[i] += p;
+        }
+    REAL alpha = K(exp2_vec)(broadcast(*m) - base)[0];
+    REAL old = rounded(broadcast(*l * alpha))[0];
+    *l = old + K(sum16)(sum);
+    *m = top;
+    return alpha;
+}
+
+static void K(row_softmax_backward)(int64_t n, REAL *s, REAL *dp, REAL lse2, REAL delta, REAL scale) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        int rest = n - i < LANES ? (int)(n - i) : LANES;
+        vec p = K(exp2_vec)(load_part(s + i, rest) - broadcast(lse2));
+        vec ds = rounded(p * (load_part(dp + i, rest) - broadcast(delta))) * broadcast(scale);
+        store_part(s + i, p, rest);
+        store_part(dp + i, ds, rest);
+    }
+}
+
+/* ---- the softmax of 16 lanes -------------------------------------------------------------------- */
+
+static bool K(softmax)(int64_t n, REAL *s, int width, const uint64_t *mask, int lane0, REAL *m, REAL *l, REAL *alpha) {
+    bits changed = {0};
+    for (int v = 0; v < CMB_GROUP; v += LANES) {
+        REAL *column = s + lane0 + v;
+        const vec old = load(m + lane0 + v);
+        vec top = old;
+        if (mask) {
+            for (int64_t i = 0; i < n; i++) {
+                vec x = select_lanes(mask[i] >> (lane0 + v), load(column + i * width), broadcast(-(REAL)INFINITY));
+                store(column + i * width, x);
+                top = maximum(x, top);
+            }
+        } else {
+            for (int64_t i = 0; i < n; i++)
+                top = maximum(load(column + i * width), top);
+        }
+        const vec base = maximum(broadcast(LOWEST), top); /* -inf - -inf never happens */
+        const vec a = K(exp2_vec)(old - base);
+        vec sum = rounded(load(l + lane0 + v) * a);
+        for (int64_t i = 0; i < n; i++) {
+            vec p = K(exp2_vec)(load(column + i * width) - base);
+            store(column + i * width, p);
+            sum += p;
+        }
+        store(m + lane0 + v, top);
+        store(l + lane0 + v, sum);
+        store(alpha + lane0 + v, a);
+        changed |= (bits)(a != broadcast(1));
+    }
+    bool any = false;
+    for (int i = 0; i < LANES; i++)
+        any |= changed[i] != 0;
+    return any;
+}
+
+static bool K(softmax_backward)(int64_t n, REAL *s, REAL *dp, int width, const uint64_t *mask, int lane0,
+                                const REAL *lse2, const REAL *delta, REAL scale) {
+    vec poison = {0}; /* 0 while everything is finite, NaN after */
+    const vec factor = broadcast(scale);
+    for (int v = 0; v < CMB_GROUP; v += LANES) {
+        const vec base = load(lse2 + lane0 + v), shift = load(delta + lane0 + v);
+        for (int64_t i = 0; i < n; i++) {
+            REAL *at = s + i * width + lane0 + v, *dat = dp + i * width + lane0 + v;
+            vec x = load(at), dx = load(dat);
+            poison = fma_vec(x, (vec){0}, poison);
+            poison = fma_vec(dx, (vec){0}, poison);
+            vec p = K(exp2_vec)(x - base);
+            vec ds = rounded(p * (dx - shift)) * factor;
+            if (mask) {
+                p = select_lanes(mask[i] >> (lane0 + v), p, (vec){0});
+                ds = select_lanes(mask[i] >> (lane0 + v), ds, (vec){0});
+            }
+            store(at, p);
+            store(dat, ds);
+        }
+    }
+    bool finite = true;
+    for (int i = 0; i < LANES; i++)
+        finite &= poison[i] == 0;
+    return finite;
+}
+
+/* ---- elementwise -------------------------------------------------------------------------------- */
+
+static void K(scale)(int64_t n, REAL *x, REAL factor) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        store(x + i, load(x + i) * broadcast(factor));
+    if (i < n)
+        store_part(x + i, load_part(x + i, (int)(n - i)) * broadcast(factor), (int)(n - i));
+}
+
+static void K(divide)(int64_t n, const REAL *x, REAL divisor, REAL *y) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        store(y + i, load(x + i) / broadcast(divisor));
+    if (i < n)
+        store_part(y + i, load_part(x + i, (int)(n - i)) / broadcast(divisor), (int)(n - i));
+}
+
+static bool K(finite)(int64_t n, const REAL *x) {
+    vec poison = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        poison = fma_vec(load(x + i), (vec){0}, poison);
+    if (i < n)
+        poison = fma_vec(load_part(x + i, (int)(n - i)), (vec){0}, poison);
+    bool finite = true;
+    for (int j = 0; j < LANES; j++)
+        finite &= poison[j] == 0;
+    return finite;
+}
+
+/* ---- max pooling -------------------------------------------------------------------------------- */
+
+/* x takes top's place where it is greater, or NaN (of which the first stays). */
+INLINE vec K(greater)(vec x, vec top) { return if_nonzero((bits)(x > top) | ((bits)(x != x) & (bits)(top == top)), x, top); }
+
+static void K(max_pool)(int64_t n, const REAL *const *row, int64_t dim, REAL *top, bool add) {
+    for (int64_t d = 0; d < dim; d += LANES) {
+        int rest = dim - d < LANES ? (int)(dim - d) : 0;
+        vec best;
+        if (rest) {
+            best = load_part(add ? top + d : row[0] + d, rest);
+            for (int64_t i = add ? 0 : 1; i < n; i++)
+                best = K(greater)(load_part(row[i] + d, rest), best);
+            store_part(top + d, best, rest);
+        } else {
+            best = load(add ? top + d : row[0] + d);
+            for (int64_t i = add ? 0 : 1; i < n; i++)
+                best = K(greater)(load(row[i] + d), best);
+            store(top + d, best);
+        }
+    }
+}
+
+static void K(max_pool_backward)(int64_t n, const REAL *const *row, int64_t dim, const REAL *top, const REAL *grad,
+                                 REAL *const *grad_row) {
+    for (int64_t d = 0; d < dim; d += LANES) {
+        int rest = dim - d < LANES ? (int)(dim - d) : LANES;
+        const vec best = load_part(top + d, rest), g = load_part(grad + d, rest);
+        bits left = (bits){0} == (bits){0};
+        for (int64_t i = 0; i < n; i++) {
+            vec x = load_part(row[i] + d, rest);
+            bits hit = left & ((bits)(x == best) | ((bits)(x != x) & (bits)(best != best)));
+            vec old = load_part(grad_row[i] + d, rest);
+            store_part(grad_row[i] + d, if_nonzero(hit, old + g, old), rest);
+            left &= ~hit;
+        }
+    }
+}
+
+/* ---- the table ---------------------------------------------------------------------------------- */
+
+const NAME2(cmb_kernels, SUFFIX) NAME3(cmb_kernels_, ISA, SUFFIX) = {
+    .pack = K(pack),
+    .product = K(product),
+    .dot = K(dot),
+    .softmax = K(softmax),
+    .softmax_backward = K(softmax_backward),
+    .row_softmax = K(row_softmax),
+    .row_softmax_backward = K(row_softmax_backward),
+    .scale = K(scale),
+    .divide = K(divide),
+    .finite = K(finite),
+    .max_pool = K(max_pool),
+    .max_pool_backward = K(max_pool_backward),
+    .exp2 = K(exp2),
+};

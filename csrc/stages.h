@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+/* One task of one head: what engine.c schedules and stages.inc.h computes, for float and for double. Internal. */
+#ifndef CMB_STAGES_H
+#define CMB_STAGES_H
+
+#include "runtime.h"
+
+/* One head of a cmb_array: row x is at element x * row of data. */
+typedef struct {
+    void *data;
+    int64_t row;
+} cmb_rows;
+
+/* One query head of a problem. Region tables have rows 0..R-1 for table rows L..L+R-1. */
+typedef struct {
+    const cmb_plan *plan;
+    cmb_stages stages;
+    int64_t L, D, Dv;
+    double scale;
+    const uint8_t *key_mask; /* NULL: every key takes part */
+    int64_t mask_row;
+
+    bool all_live;               /* no row is masked or empty: `count` need not be asked */
+    bool counted;                /* `count` is kept: something asks it */
+    bool pool_query, pool_key;   /* this abstraction is pooled here, not given, picked or weighted */
+    bool pick_query, pick_key;   /* it is the row of position pick[r] */
+    bool weighted;               /* k_R comes out of the summarising softmax, beside h_R */
+    int32_t *count;              /* [R] unmasked positions below */
+    int32_t *pick;               /* [R] */
+
+    cmb_rows query, key, value;
+    cmb_rows region_query, region_key, region_value, region_lse;
+    cmb_rows out, lse;
+
+    struct {
+        cmb_rows query, key, value;
+        cmb_rows region_query, region_key, region_value;
+        cmb_rows out, lse; /* lse.data may be NULL */
+    } grad;
+} cmb_head;
+
+/* Memory that is taken piece by piece from one block; with base NULL it only measures. */
+typedef struct {
+    char *base;
+    size_t used;
+    bool overflow;
+} cmb_arena;
+void *cmb_take(cmb_arena *arena, size_t count, size_t size);
+
+/* One worker's memory: a tile's packed queries, logits and sums, and a task's scratch rows. */
+typedef struct cmb_scratch cmb_scratch;
+
+typedef struct {
+    size_t size; /* of one element */
+    /* Takes a scratch from the arena (NULL while measuring) for plans of at most N scratch rows and
+     * `children` children of a pool. */
+    cmb_scratch *(*scratch)(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t children, bool backward);
+    void (*pool)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
+    void (*pool_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
+    void (*tiles)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_cancel *cancel, int worker);
+    void (*tiles_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_cancel *cancel, int worker);
+    /* Before the first tile every lse is -inf, "nothing attended yet"; after the last one rows that kept it
+     * become zeros. `dim` features of `rows`, and of `more` where it has data. */
+    void (*begin)(int64_t n, cmb_rows lse);
+    void (*finish)(int64_t n, cmb_rows lse, cmb_rows rows, int64_t dim, cmb_rows more, int64_t more_dim);
+    /* k_R of every region with an lse, 0 for the others */
+    void (*copy_region_keys)(const cmb_head *head, cmb_rows to);
+    void (*clear)(cmb_rows rows, int64_t n, int64_t dim);
+    /* gradients of regions with an lse, 0 for the others; all 0 where `from` has no data */
+    void (*begin_gradient)(int64_t n, cmb_rows lse, cmb_rows from, int64_t dim, cmb_rows to);
+} cmb_stage_table;
+
+/* For the instruction set in force. */
+const cmb_stage_table *cmb_stages_f32(void);
+const cmb_stage_table *cmb_stages_f64(void);
+
+#endif

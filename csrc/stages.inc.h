@@ -1,0 +1,863 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * The two stages, for one type (REAL, SUFFIX): pooling, and the tile, forward and backward. A tile packs its
+ * queries once (times scale * log2 e, so that softmax is 2^x), then takes its rows a chunk at a time:
+ *
+ *   forward    S = K Q^T, online softmax, O += P^T V
+ *   backward   S = K Q^T, dP = V dO^T, P = 2^(S - lse), dS = P (dP - delta) scale,
+ *              dV += P dO, dK += dS Q, dQ += dS^T K          delta = rowsum(dO * O) - dlse
+ *
+ * S is [rows][lanes]. Where masks leave lanes out, products skip the 16-lane groups (S) and 4-lane groups
+ * (sums over rows) that a block of rows does not see. What is masked contributes exactly 0, unless a
+ * value there is not finite: then 0 * NaN would spread it to rows that do not depend on it, so such a tile
+ * (found by testing its result) is summed once more by the exact path, lane by lane over what each sees.
+ * Skipping a zero changes no bit, so both paths agree wherever both are right.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "cpu.h"
+#include "kernels.h"
+#include "stages.h"
+
+#define PASTE2(a, b) a##_##b
+#define NAME2(a, b) PASTE2(a, b)
+#define KERNELS NAME2(cmb_kernels, SUFFIX)
+#define PASTE3(a, b, c) a##b##_##c
+#define NAME3(a, b, c) PASTE3(a, b, c)
+#define TABLE(isa) NAME3(cmb_kernels_, isa, SUFFIX)
+
+enum {
+    WIDEST = 64,                     /* lanes of a tile */
+    CHUNK = 384 / (int)sizeof(REAL), /* rows: 96 or 48, so that S, K or V and Q^T share the first-level cache */
+    BLOCK = 6,                       /* rows that share one window of lane groups: a micro-kernel's height */
+    NIBBLE = 4,                      /* lanes that share one window of rows */
+};
+
+static const REAL infinity = (REAL)INFINITY;
+/* lse of a query whose live logits are so far all -inf: not "nothing attended" (-inf), and NaN in the end. */
+static const REAL only_infinite = sizeof(REAL) == 4 ? (REAL)-3.40282346638528859812e+38 : (REAL)-1.79769313486231570815e+308;
+static const double log2_e = 1.44269504088896340736, ln_2 = 0.69314718055994530942;
+
+struct cmb_scratch {
+    const KERNELS *kernel;
+    bool backward;
+    int width;                /* of the tile at hand */
+    REAL *packed;             /* [D][64] Q^T */
+    REAL *s;                  /* [CHUNK][64] */
+    REAL *sum;                /* [64][Dv + D] O, and the sums of k where weighted */
+    REAL *state;              /* [4][64] m, l, alpha; backward: lse2, delta */
+    REAL *line;               /* [CHUNK + 16 or D] a compacted row of p, a scaled query */
+    const REAL **packed_row;  /* [max(D, Dv)] */
+    const REAL **lane_in;     /* [64] */
+    REAL **lane_out;          /* [64] */
+    REAL **s_row;             /* [CHUNK] */
+    const REAL **key, **value, **list; /* [CHUNK] */
+    uint64_t *lanes;          /* [CHUNK] */
+    double *bias;             /* [CHUNK] log2 of a region's size */
+
+    REAL *packed_grad, *packed_key_grad; /* [Dv][64], [D][64] */
+    REAL *dp;                 /* [CHUNK][64] */
+    REAL **dkey, **dvalue;    /* [CHUNK] */
+    const REAL **grad_in, **key_grad_in; /* [64] dO, and dk_R where weighted */
+
+    int64_t N;
+    REAL *pool_query, *pool_key;           /* [N][D] */
+    REAL *pool_query_grad, *pool_key_grad; /* [N][D] */
+    int32_t *count, *pick;                 /* [N] */
+    const REAL **child;                    /* [children] */
+    REAL **child_grad;                     /* [children] */
+    REAL *weight;                          /* [children] */
+};
+
+static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t children, bool backward) {
+    cmb_scratch s = {.backward = backward, .N = N};
+    cmb_scratch *scratch = cmb_take(arena, 1, sizeof s);
+    const size_t r = sizeof(REAL), p = sizeof(void *), d = (size_t)D, dv = (size_t)Dv, n = (size_t)N,
+                 c = (size_t)children;
+    s.packed = cmb_take(arena, d * WIDEST, r);
+    s.s = cmb_take(arena, CHUNK * WIDEST, r);
+    s.sum = cmb_take(arena, WIDEST * (dv + d), r);
+    s.state = cmb_take(arena, 4 * WIDEST, r);
+    s.line = cmb_take(arena, d > CHUNK + CMB_GROUP ? d : CHUNK + CMB_GROUP, r);
+    s.packed_row = cmb_take(arena, d > dv ? d : dv, p);
+    s.lane_in = cmb_take(arena, WIDEST, p);
+    s.lane_out = cmb_take(arena, WIDEST, p);
+    s.s_row = cmb_take(arena, CHUNK, p);
+    s.key = cmb_take(arena, CHUNK, p);
+    s.value = cmb_take(arena, CHUNK, p);
+    s.list = cmb_take(arena, CHUNK, p);
+    s.lanes = cmb_take(arena, CHUNK, sizeof(uint64_t));
+    s.bias = cmb_take(arena, CHUNK, sizeof(double));
+    s.pool_query = cmb_take(arena, n, d * r);
+    s.pool_key = cmb_take(arena, n, d * r);
+    s.count = cmb_take(arena, n, sizeof(int32_t));
+    s.pick = cmb_take(arena, n, sizeof(int32_t));
+    s.child = cmb_take(arena, c, p);
+    s.weight = cmb_take(arena, c, r);
+    if (backward) {
+        s.packed_grad = cmb_take(arena, dv * WIDEST, r);
+        s.packed_key_grad = cmb_take(arena, d * WIDEST, r);
+        s.dp = cmb_take(arena, CHUNK * WIDEST, r);
+        s.dkey = cmb_take(arena, CHUNK, p);
+        s.dvalue = cmb_take(arena, CHUNK, p);
+        s.grad_in = cmb_take(arena, WIDEST, p);
+        s.key_grad_in = cmb_take(arena, WIDEST, p);
+        s.pool_query_grad = cmb_take(arena, n, d * r);
+        s.pool_key_grad = cmb_take(arena, n, d * r);
+        s.child_grad = cmb_take(arena, c, p);
+    }
+    if (scratch) {
+        switch (cmb_isa_current()) {
+#if defined(__x86_64__)
+        case CMB_ISA_AVX512:
+            s.kernel = &TABLE(avx512);
+            break;
+        case CMB_ISA_AVX2:
+            s.kernel = &TABLE(avx2);
+            break;
+#elif defined(__aarch64__)
+        case CMB_ISA_NEON:
+            s.kernel = &TABLE(neon);
+            break;
+#endif
+        default:
+            s.kernel = &TABLE(base);
+        }
+        *scratch = s;
+    }
+    return scratch;
+}
+
+/* ---- rows of the table -------------------------------------------------------------------------- */
+
+static inline REAL *at(cmb_rows rows, int64_t x) { return (REAL *)rows.data + x * rows.row; }
+
+static inline int32_t element(const cmb_plan *plan, cmb_list list, int32_t t) {
+    return list.step ? list.start + list.step * t : plan->index[list.start + t];
+}
+
+static inline bool live(const cmb_head *head, int64_t x) {
+    if (head->all_live)
+        return true;
+    if (x < head->L)
+        return !head->key_mask || head->key_mask[x * head->mask_row];
+    return head->count[x - head->L] > 0;
+}
+
+static inline const REAL *query_row(const cmb_head *head, int64_t x) {
+    if (x < head->L)
+        return at(head->query, x);
+    return head->pick_query ? at(head->query, head->pick[x - head->L]) : at(head->region_query, x - head->L);
+}
+
+static inline const REAL *key_row(const cmb_head *head, int64_t x) {
+    if (x < head->L)
+        return at(head->key, x);
+    return head->pick_key ? at(head->key, head->pick[x - head->L]) : at(head->region_key, x - head->L);
+}
+
+static inline REAL *value_row(const cmb_head *head, int64_t x) {
+    return x < head->L ? at(head->value, x) : at(head->region_value, x - head->L);
+}
+
+static inline REAL *result_row(const cmb_head *head, int64_t x) {
+    return x < head->L ? at(head->out, x) : at(head->region_value, x - head->L);
+}
+
+static inline REAL *lse_of(const cmb_head *head, int64_t x) {
+    return x < head->L ? at(head->lse, x) : at(head->region_lse, x - head->L);
+}
+
+/* ---- pooling ------------------------------------------------------------------------------------ */
+
+static inline int32_t *count_of(const cmb_head *head, cmb_scratch *w, int64_t x) {
+    const int64_t r = x - head->L, R = head->plan->R;
+    return r < R ? &head->count[r] : &w->count[r - R];
+}
+
+static inline int32_t *pick_of(const cmb_head *head, cmb_scratch *w, int64_t x) {
+    const int64_t r = x - head->L, R = head->plan->R;
+    return r < R ? &head->pick[r] : &w->pick[r - R];
+}
+
+/* Row x of queries or of keys (or of their gradients), scratch rows included. */
+static inline REAL *pool_row(const cmb_head *head, cmb_rows own, cmb_rows regions, REAL *scratch, int64_t x) {
+    const int64_t r = x - head->L, R = head->plan->R;
+    return x < head->L ? at(own, x) : r < R ? at(regions, r) : scratch + (r - R) * head->D;
+}
+
+/* Positions below the children of a pool step; in w->weight each child's, when there are any dead or means. */
+static int32_t count_children(const cmb_head *head, const cmb_pool *pool, cmb_scratch *w, int32_t *children) {
+    const cmb_plan *plan = head->plan;
+    *children = pool->child.count;
+    if (!head->counted)
+        return pool->child.count;
+    int32_t total = 0, n = 0;
+    for (int32_t t = 0; t < pool->child.count; t++) {
+        const int32_t x = element(plan, pool->child, t);
+        const int32_t below = x < head->L ? live(head, x) : *count_of(head, w, x);
+        if (below)
+            w->weight[n++] = plan->pooling == CMB_POOL_MEAN ? (REAL)below : 1;
+        total += below;
+    }
+    *count_of(head, w, pool->row) = total;
+    *children = n;
+    return total;
+}
+
+static void gather_children(const cmb_head *head, const cmb_pool *pool, cmb_scratch *w, cmb_rows own, cmb_rows regions,
+                            REAL *scratch, REAL **child) {
+    for (int32_t t = 0, n = 0; t < pool->child.count; t++) {
+        const int32_t x = element(head->plan, pool->child, t);
+        if (!head->counted || (x < head->L ? live(head, x) : *count_of(head, w, x) > 0))
+            child[n++] = pool_row(head, own, regions, scratch, x);
+    }
+}
+
+static void pool_table(const cmb_head *head, const cmb_pool *pool, cmb_scratch *w, int32_t n, int32_t total,
+                       cmb_rows own, cmb_rows regions, REAL *scratch) {
+    REAL *to = pool_row(head, own, regions, scratch, pool->row);
+    gather_children(head, pool, w, own, regions, scratch, (REAL **)(void *)w->child);
+    if (n == 1) { /* exactly, whatever the pool */
+        memcpy(to, w->child[0], (size_t)head->D * sizeof(REAL));
+    } else if (head->plan->pooling == CMB_POOL_MAX) {
+        w->kernel->max_pool(n, w->child, head->D, to, false);
+    } else {
+        const REAL *weight = w->weight;
+        w->kernel->product(1, head->D, n, &weight, 1, w->child, &to, 0, false);
+        if (head->plan->pooling == CMB_POOL_MEAN)
+            w->kernel->divide(head->D, to, (REAL)total, to);
+    }
+}
+
+static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) {
+    const cmb_plan *plan = head->plan;
+    for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++) {
+        const cmb_pool *step = &plan->pool[p];
+        int32_t n;
+        const int32_t total = count_children(head, step, w, &n);
+        if (total == 0)
+            continue;
+        if (plan->pooling == CMB_POOL_FIRST) {
+            int32_t t = 0, x = element(plan, step->child, 0);
+            while (head->counted && !(x < head->L ? live(head, x) : *count_of(head, w, x) > 0))
+                x = element(plan, step->child, ++t);
+            *pick_of(head, w, step->row) = x < head->L ? x : *pick_of(head, w, x);
+            continue;
+        }
+        if (head->pool_query)
+            pool_table(head, step, w, n, total, head->query, head->region_query, w->pool_query);
+        if (head->pool_key)
+            pool_table(head, step, w, n, total, head->key, head->region_key, w->pool_key);
+    }
+}
+
+static void add_row(cmb_scratch *w, int64_t dim, REAL factor, const REAL *from, REAL *to) {
+    const REAL *a = &factor;
+    w->kernel->product(1, dim, 1, &a, 0, &from, &to, 0, true);
+}
+
+static void pool_table_backward(const cmb_head *head, const cmb_pool *pool, cmb_scratch *w, int32_t n, int32_t total,
+                                cmb_rows own, cmb_rows regions, REAL *scratch, cmb_rows own_grad, cmb_rows regions_grad,
+                                REAL *scratch_grad) {
+    const REAL *top = pool_row(head, own, regions, scratch, pool->row);
+    REAL *grad = pool_row(head, own_grad, regions_grad, scratch_grad, pool->row);
+    gather_children(head, pool, w, own_grad, regions_grad, scratch_grad, w->child_grad);
+    if (n > 1 && head->plan->pooling == CMB_POOL_MAX) {
+        gather_children(head, pool, w, own, regions, scratch, (REAL **)(void *)w->child);
+        w->kernel->max_pool_backward(n, w->child, head->D, top, grad, w->child_grad);
+    } else {
+        for (int32_t t = 0; t < n; t++) {
+            const bool mean = n > 1 && head->plan->pooling == CMB_POOL_MEAN;
+            add_row(w, head->D, mean ? w->weight[t] / (REAL)total : 1, grad, w->child_grad[t]);
+        }
+    }
+    if (pool->row >= head->L + head->plan->R) /* a scratch row may be written again by an earlier step */
+        memset(grad, 0, (size_t)head->D * sizeof(REAL));
+}
+
+static void pool_backward(const cmb_head *head, int32_t task, cmb_scratch *w) {
+    const cmb_plan *plan = head->plan;
+    if (plan->N) { /* the scratch rows are other tasks' by now */
+        pool(head, task, w);
+        memset(w->pool_query_grad, 0, (size_t)(plan->N * head->D) * sizeof(REAL));
+        memset(w->pool_key_grad, 0, (size_t)(plan->N * head->D) * sizeof(REAL));
+    }
+    for (int32_t p = plan->task[task + 1].pool - 1; p >= plan->task[task].pool; p--) {
+        const cmb_pool *step = &plan->pool[p];
+        int32_t n;
+        const int32_t total = count_children(head, step, w, &n);
+        if (total == 0)
+            continue;
+        if (plan->pooling == CMB_POOL_FIRST) {
+            const int64_t r = step->row - head->L;
+            if (r < plan->R && head->pick_query)
+                add_row(w, head->D, 1, at(head->grad.region_query, r), at(head->grad.query, head->pick[r]));
+            if (r < plan->R && head->pick_key)
+                add_row(w, head->D, 1, at(head->grad.region_key, r), at(head->grad.key, head->pick[r]));
+            continue;
+        }
+        if (head->pool_query)
+            pool_table_backward(head, step, w, n, total, head->query, head->region_query, w->pool_query,
+                                head->grad.query, head->grad.region_query, w->pool_query_grad);
+        if (head->pool_key)
+            pool_table_backward(head, step, w, n, total, head->key, head->region_key, w->pool_key, head->grad.key,
+                                head->grad.region_key, w->pool_key_grad);
+    }
+}
+
+/* ---- a tile's queries and rows ------------------------------------------------------------------ */
+
+typedef struct {
+    const cmb_tile *tile;
+    int n;              /* lanes */
+    bool regions;       /* its queries are regions: summarising */
+    bool weighted;      /* and their keys are sums too */
+    uint64_t all;       /* lanes that take part at all */
+    int32_t run, next;  /* where the gathering stands */
+    bool masked;        /* of the chunk gathered last: some lane does not see some row */
+    int rows;           /* of that chunk */
+} tile_state;
+
+static tile_state begin_tile(const cmb_head *head, const cmb_tile *tile) {
+    tile_state t = {.tile = tile, .n = tile->query.count, .run = tile->run};
+    t.regions = element(head->plan, tile->query, 0) >= head->L;
+    t.weighted = t.regions && head->weighted;
+    t.all = t.n == 64 ? ~UINT64_C(0) : (UINT64_C(1) << t.n) - 1;
+    if (t.regions && !head->all_live)
+        for (int i = 0; i < t.n; i++)
+            if (!live(head, element(head->plan, tile->query, i)))
+                t.all &= ~(UINT64_C(1) << i);
+    return t;
+}
+
+/* The lane itself, or in place of one that takes no part some lane that does: its row may hold anything. */
+static inline int live_lane(const tile_state *t, int lane) {
+    return t->all >> lane & 1 ? lane : __builtin_ctzll(t->all);
+}
+
+/* The next rows, up to CHUNK of them: pointers, lanes and biases. Rows that are masked or empty are left out. */
+static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
+    const cmb_plan *plan = head->plan;
+    const uint64_t full = t->n == 64 ? ~UINT64_C(0) : (UINT64_C(1) << t->n) - 1;
+    int n = 0;
+    t->masked = t->all != full;
+    for (; t->run < t->tile[1].run && n < CHUNK; t->run++, t->next = 0) {
+        const cmb_run *run = &plan->run[t->run];
+        const uint64_t *mask = run->mask < 0 ? NULL : plan->mask + run->mask;
+        const bool keys = run->row.step && run->row.start < head->L &&
+                          run->row.start + run->row.step * (run->row.count - 1) < head->L;
+        if (keys && head->all_live) { /* the usual run, without a question per row */
+            const int taken = run->row.count - t->next < CHUNK - n ? run->row.count - t->next : CHUNK - n;
+            const int64_t x = run->row.start + run->row.step * t->next;
+            for (int i = 0; i < taken; i++) {
+                w->key[n + i] = at(head->key, x + run->row.step * i);
+                w->value[n + i] = at(head->value, x + run->row.step * i);
+                w->bias[n + i] = 0;
+                w->lanes[n + i] = mask ? mask[t->next + i] & t->all : t->all;
+            }
+            for (int i = 0; w->backward && i < taken; i++) {
+                w->dkey[n + i] = at(head->grad.key, x + run->row.step * i);
+                w->dvalue[n + i] = at(head->grad.value, x + run->row.step * i);
+            }
+            n += taken;
+            t->next += taken;
+        } else {
+            for (; t->next < run->row.count && n < CHUNK; t->next++) {
+                const int32_t x = element(plan, run->row, t->next);
+                if (!live(head, x))
+                    continue;
+                const int64_t r = x - head->L;
+                w->key[n] = key_row(head, x);
+                w->value[n] = value_row(head, x);
+                w->bias[n] = plan->size_bias && r >= 0 ? log2((double)head->count[r]) : 0;
+                w->lanes[n] = mask ? mask[t->next] & t->all : t->all;
+                if (w->backward) {
+                    w->dkey[n] = r < 0 ? at(head->grad.key, x) : at(head->grad.region_key, r);
+                    w->dvalue[n] = r < 0 ? at(head->grad.value, x) : at(head->grad.region_value, r);
+                }
+                n++;
+            }
+        }
+        t->masked |= mask != NULL;
+        if (t->next < run->row.count)
+            break;
+    }
+    t->rows = n;
+    return n > 0;
+}
+
+static void add_bias(const cmb_head *head, const tile_state *t, int lanes, cmb_scratch *w) {
+    if (!head->plan->size_bias)
+        return;
+    for (int i = 0; i < t->rows; i++)
+        if (w->bias[i] != 0)
+            for (int lane = 0; lane < lanes; lane++)
+                w->s[i * lanes + lane] += (REAL)w->bias[i];
+}
+
+/* The 16-lane groups [*from, *to) that some row of [i, end) is seen by. */
+static void group_window(const cmb_scratch *w, int i, int end, int *from, int *to) {
+    uint64_t seen = 0;
+    for (; i < end; i++)
+        seen |= w->lanes[i];
+    *from = seen ? __builtin_ctzll(seen) / CMB_GROUP : 0;
+    *to = seen ? (63 - __builtin_clzll(seen)) / CMB_GROUP + 1 : 0;
+}
+
+/* For every 4 lanes the rows [first, last) that one of them sees. */
+static void row_windows(const cmb_scratch *w, int rows, uint8_t first[16], uint8_t last[16]) {
+    const uint64_t each = UINT64_C(0x1111111111111111);
+    memset(first, 0, 16);
+    memset(last, 0, 16);
+    uint64_t seen = 0;
+    for (int i = 0; i < rows && seen != each; i++) {
+        uint64_t m = w->lanes[i] | w->lanes[i] >> 1;
+        m = (m | m >> 2) & each & ~seen;
+        for (seen |= m; m; m &= m - 1)
+            first[__builtin_ctzll(m) / NIBBLE] = (uint8_t)i;
+    }
+    seen = 0;
+    for (int i = rows - 1; i >= 0 && seen != each; i--) {
+        uint64_t m = w->lanes[i] | w->lanes[i] >> 1;
+        m = (m | m >> 2) & each & ~seen;
+        for (seen |= m; m; m &= m - 1)
+            last[__builtin_ctzll(m) / NIBBLE] = (uint8_t)(i + 1);
+    }
+}
+
+/* s[row][lane] (+)= row . packed, where some lane of the row's block sees it. `clear`: zeros where not. */
+static void row_products(const tile_state *t, const REAL *const *row, int64_t dim, const REAL *packed, REAL *s,
+                         bool add, bool clear, cmb_scratch *w) {
+    for (int64_t d = 0; d < dim; d++)
+        w->packed_row[d] = packed + d * w->width;
+    for (int i = 0; i < t->rows; i++)
+        w->s_row[i] = s + i * w->width;
+    if (!t->masked || w->width == CMB_GROUP) {
+        w->kernel->product(t->rows, w->width, dim, row, 1, w->packed_row, w->s_row, 0, add);
+        return;
+    }
+    for (int i = 0; i < t->rows; i += BLOCK) {
+        const int end = i + BLOCK < t->rows ? i + BLOCK : t->rows;
+        int from, to;
+        group_window(w, i, end, &from, &to);
+        if (to > from)
+            w->kernel->product(end - i, (to - from) * CMB_GROUP, dim, row + i, 1, w->packed_row, w->s_row + i,
+                               from * CMB_GROUP, add);
+        for (int r = i; clear && r < end; r++) {
+            memset(w->s_row[r], 0, (size_t)(from * CMB_GROUP) * sizeof(REAL));
+            memset(w->s_row[r] + to * CMB_GROUP, 0, (size_t)(w->width - to * CMB_GROUP) * sizeof(REAL));
+        }
+    }
+}
+
+/* to[lane] += sum over rows of p[row][lane] * row, for every lane over the rows that it and its neighbours see. */
+static void lane_sums(const tile_state *t, const REAL *p, const REAL *const *row, int64_t dim, REAL *const *to,
+                      bool exact, cmb_scratch *w) {
+    if (exact) {
+        for (int lane = 0; lane < t->n; lane++) {
+            int n = 0;
+            for (int i = 0; i < t->rows; i++)
+                if (w->lanes[i] >> lane & 1) {
+                    w->line[n] = p[i * w->width + lane];
+                    w->list[n++] = row[i];
+                }
+            const REAL *line = w->line;
+            w->kernel->product(1, dim, n, &line, 1, w->list, to + lane, 0, true);
+        }
+        return;
+    }
+    uint8_t first[16] = {0}, last[16];
+    if (t->masked)
+        row_windows(w, t->rows, first, last);
+    else
+        memset(last, t->rows, sizeof last);
+    const REAL *a[WIDEST];
+    for (int lane = 0; lane < t->n;) {
+        const int window = lane / NIBBLE, begin = first[window], rows = last[window] - begin;
+        int n = 0; /* lanes with one window go together */
+        for (; lane + n < t->n && first[(lane + n) / NIBBLE] == begin && last[(lane + n) / NIBBLE] == begin + rows; n++)
+            a[n] = p + begin * w->width + lane + n;
+        if (rows > 0)
+            w->kernel->product(n, dim, rows, a, w->width, row + begin, to + lane, 0, true);
+        lane += n;
+    }
+}
+
+/* to[row] += sum over lanes of p[row][lane] * lane_row[lane] */
+static void row_sums(const tile_state *t, const REAL *p, const REAL *const *lane_row, int64_t dim, REAL *const *to,
+                     bool exact, cmb_scratch *w) {
+    const REAL *a[CHUNK];
+    if (exact) {
+        const REAL *list[WIDEST];
+        for (int i = 0; i < t->rows; i++) {
+            int n = 0;
+            for (int lane = 0; lane < t->n; lane++)
+                if (w->lanes[i] >> lane & 1) {
+                    w->line[n] = p[i * w->width + lane];
+                    list[n++] = lane_row[lane];
+                }
+            const REAL *line = w->line;
+            w->kernel->product(1, dim, n, &line, 1, list, to + i, 0, true);
+        }
+        return;
+    }
+    const int height = !t->masked || w->width == CMB_GROUP ? t->rows : BLOCK;
+    for (int i = 0; i < t->rows; i += height) {
+        const int end = i + height < t->rows ? i + height : t->rows;
+        int from = 0, to_group = w->width / CMB_GROUP;
+        if (t->masked)
+            group_window(w, i, end, &from, &to_group);
+        const int lane = from * CMB_GROUP, stop = to_group * CMB_GROUP < t->n ? to_group * CMB_GROUP : t->n;
+        for (int r = i; r < end; r++)
+            a[r - i] = p + r * w->width + lane;
+        if (stop > lane)
+            w->kernel->product(end - i, dim, stop - lane, a, 1, lane_row + lane, to + i, 0, true);
+    }
+}
+
+/* ---- forward ------------------------------------------------------------------------------------ */
+
+/* The state from which a query's softmax goes on: m (base 2), l, and sums that l divides. */
+static void resume(const cmb_head *head, const tile_state *t, int lane, REAL *m, REAL *l, REAL *sum, uint64_t *seen) {
+    const int64_t x = element(head->plan, t->tile->query, lane);
+    const size_t dim = (size_t)(head->Dv + (t->weighted ? head->D : 0));
+    const REAL lse = *lse_of(head, x);
+    *m = -infinity;
+    *l = 0;
+    if (lse == -infinity || lse == only_infinite) {
+        if (lse == only_infinite)
+            *seen |= UINT64_C(1) << lane;
+        memset(sum, 0, dim * sizeof(REAL));
+        return;
+    }
+    *m = (REAL)((double)lse * log2_e);
+    *l = 1;
+    memcpy(sum, result_row(head, x), (size_t)head->Dv * sizeof(REAL));
+    if (t->weighted)
+        memcpy(sum + head->Dv, at(head->region_key, x - head->L), (size_t)head->D * sizeof(REAL));
+}
+
+static void conclude(const cmb_head *head, const tile_state *t, int lane, REAL m, REAL l, const REAL *sum,
+                     uint64_t seen, cmb_scratch *w) {
+    const int64_t x = element(head->plan, t->tile->query, lane);
+    if (l == 0) {
+        if (seen >> lane & 1) {
+            *lse_of(head, x) = only_infinite;
+            w->kernel->divide(head->Dv, sum, 0, result_row(head, x)); /* 0 / 0 */
+            if (t->weighted)
+                w->kernel->divide(head->D, sum + head->Dv, 0, at(head->region_key, x - head->L));
+        }
+        return;
+    }
+    *lse_of(head, x) = (REAL)(((double)m + log2((double)l)) * ln_2);
+    w->kernel->divide(head->Dv, sum, l, result_row(head, x));
+    if (t->weighted)
+        w->kernel->divide(head->D, sum + head->Dv, l, at(head->region_key, x - head->L));
+}
+
+static void lane_tile(const cmb_head *head, const cmb_tile *tile, bool exact, cmb_scratch *w, cmb_cancel *cancel,
+                      int worker) {
+    tile_state t = begin_tile(head, tile);
+    w->width = tile->width;
+    REAL *m = w->state, *l = m + WIDEST, *alpha = l + WIDEST;
+    const int64_t dim = head->Dv + (t.weighted ? head->D : 0);
+    uint64_t seen = 0;
+    bool started = false;
+    if (!t.all)
+        return;
+    for (int lane = 0; lane < t.n; lane++) {
+        w->lane_in[lane] = query_row(head, element(head->plan, tile->query, live_lane(&t, lane)));
+        w->lane_out[lane] = w->sum + lane * dim;
+        resume(head, &t, lane, m + lane, l + lane, w->lane_out[lane], &seen);
+        started |= l[lane] > 0;
+    }
+    for (int lane = t.n; lane < w->width; lane++) {
+        m[lane] = -infinity;
+        l[lane] = 0;
+    }
+    w->kernel->pack(t.n, w->lane_in, head->D, (REAL)(head->scale * log2_e), w->width, w->packed);
+
+    for (; gather(head, &t, w); started = true) {
+        if (cmb_cancelled(cancel, worker))
+            return;
+        row_products(&t, w->key, head->D, w->packed, w->s, false, false, w);
+        add_bias(head, &t, w->width, w);
+        for (int lane = 0; lane < w->width; lane += CMB_GROUP) {
+            int begin = 0, end = t.rows;
+            if (t.masked) { /* the rows that this group sees */
+                const uint64_t group = UINT64_C(0xffff) << lane;
+                while (begin < end && !(w->lanes[begin] & group))
+                    begin++;
+                while (end > begin && !(w->lanes[end - 1] & group))
+                    end--;
+            }
+            if (begin == end)
+                continue;
+            const bool changed = w->kernel->softmax(end - begin, w->s + begin * w->width, w->width,
+                                                    t.masked ? w->lanes + begin : NULL, lane, m, l, alpha);
+            for (int i = lane; changed && started && i < lane + CMB_GROUP && i < t.n; i++)
+                if (alpha[i] != 1)
+                    w->kernel->scale(dim, w->lane_out[i], alpha[i]);
+        }
+        for (int i = 0; i < t.rows; i++)
+            seen |= w->lanes[i];
+        lane_sums(&t, w->s, w->value, head->Dv, w->lane_out, exact, w);
+        if (t.weighted) {
+            REAL *key_sum[WIDEST];
+            for (int lane = 0; lane < t.n; lane++)
+                key_sum[lane] = w->lane_out[lane] + head->Dv;
+            lane_sums(&t, w->s, w->key, head->D, key_sum, exact, w);
+        }
+    }
+    if (!exact && !w->kernel->finite(t.n * dim, w->sum)) {
+        lane_tile(head, tile, true, w, cancel, worker); /* nothing is stored yet */
+        return;
+    }
+    for (int lane = 0; lane < t.n; lane++)
+        conclude(head, &t, lane, m[lane], l[lane], w->lane_out[lane], seen, w);
+}
+
+/* One query: rows it does not see are left out, so nothing needs a mask. */
+static int visible_rows(const tile_state *t, cmb_scratch *w) {
+    int n = 0;
+    for (int i = 0; i < t->rows; i++)
+        if (w->lanes[i] & 1) {
+            w->key[n] = w->key[i];
+            w->value[n] = w->value[i];
+            w->bias[n] = w->bias[i];
+            if (w->backward) {
+                w->dkey[n] = w->dkey[i];
+                w->dvalue[n] = w->dvalue[i];
+            }
+            n++;
+        }
+    return n;
+}
+
+static void row_tile(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w, cmb_cancel *cancel, int worker) {
+    tile_state t = begin_tile(head, tile);
+    REAL m, l, *sum = w->sum, *key_sum = sum + head->Dv, *query = w->line;
+    const REAL *s = w->s;
+    uint64_t seen = 0;
+    if (!t.all)
+        return;
+    resume(head, &t, 0, &m, &l, sum, &seen);
+    memcpy(query, query_row(head, element(head->plan, tile->query, 0)), (size_t)head->D * sizeof(REAL));
+    w->kernel->scale(head->D, query, (REAL)(head->scale * log2_e));
+    while (gather(head, &t, w)) {
+        if (cmb_cancelled(cancel, worker))
+            return;
+        t.rows = visible_rows(&t, w);
+        if (t.rows == 0)
+            continue;
+        seen = 1;
+        w->kernel->dot(t.rows, w->key, head->D, query, w->s);
+        add_bias(head, &t, 1, w);
+        const bool started = l > 0;
+        const REAL alpha = w->kernel->row_softmax(t.rows, w->s, &m, &l);
+        if (started && alpha != 1)
+            w->kernel->scale(head->Dv + (t.weighted ? head->D : 0), sum, alpha);
+        w->kernel->product(1, head->Dv, t.rows, &s, 1, w->value, &sum, 0, true);
+        if (t.weighted)
+            w->kernel->product(1, head->D, t.rows, &s, 1, w->key, &key_sum, 0, true);
+    }
+    conclude(head, &t, 0, m, l, sum, seen, w);
+}
+
+/* Whether a tile belongs to the stages asked for. */
+static bool wanted(const cmb_head *head, const cmb_tile *tile) {
+    const bool regions = element(head->plan, tile->query, 0) >= head->L;
+    return head->stages & (regions ? CMB_SUMMARIZE : CMB_ATTEND);
+}
+
+static void tiles(const cmb_head *head, int32_t task, cmb_scratch *w, cmb_cancel *cancel, int worker) {
+    const cmb_plan *plan = head->plan;
+    for (int32_t i = plan->task[task].tile; i < plan->task[task + 1].tile; i++) {
+        if (!wanted(head, &plan->tile[i]))
+            continue;
+        if (plan->tile[i].width == 1)
+            row_tile(head, &plan->tile[i], w, cancel, worker);
+        else
+            lane_tile(head, &plan->tile[i], false, w, cancel, worker);
+    }
+}
+
+/* ---- backward ----------------------------------------------------------------------------------- */
+
+/* lse in base 2 and delta of one query, with the rows of its gradient; false where it attends nothing. */
+static bool begin_lane(const cmb_head *head, const tile_state *t, int lane, REAL *lse2, REAL *delta, cmb_scratch *w) {
+    const int64_t x = element(head->plan, t->tile->query, lane), r = x - head->L;
+    const REAL lse = *lse_of(head, x);
+    *lse2 = *delta = 0;
+    w->lane_in[lane] = query_row(head, element(head->plan, t->tile->query, live_lane(t, lane)));
+    w->lane_out[lane] = r < 0 ? at(head->grad.query, x) : at(head->grad.region_query, r);
+    w->grad_in[lane] = r < 0 ? at(head->grad.out, x) : at(head->grad.region_value, r);
+    w->key_grad_in[lane] = t->weighted ? at(head->grad.region_key, r) : NULL;
+    if (lse == -infinity)
+        return false;
+    const REAL *result = result_row(head, x);
+    *lse2 = (REAL)((double)lse * log2_e);
+    w->kernel->dot(1, &result, head->Dv, w->grad_in[lane], delta);
+    if (t->weighted) {
+        const REAL *key = at(head->region_key, r);
+        REAL more;
+        w->kernel->dot(1, &key, head->D, w->key_grad_in[lane], &more);
+        *delta += more;
+    }
+    if (r < 0 && head->grad.lse.data)
+        *delta -= *at(head->grad.lse, x);
+    return true;
+}
+
+static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w, cmb_cancel *cancel,
+                               int worker) {
+    tile_state t = begin_tile(head, tile);
+    w->width = tile->width;
+    REAL *lse2 = w->state, *delta = lse2 + WIDEST;
+    if (!t.all)
+        return;
+    uint64_t attending = 0;
+    for (int lane = 0; lane < t.n; lane++)
+        if (begin_lane(head, &t, lane, lse2 + lane, delta + lane, w))
+            attending |= UINT64_C(1) << lane;
+    t.all &= attending;
+    if (!t.all)
+        return;
+    for (int lane = t.n; lane < w->width; lane++)
+        lse2[lane] = delta[lane] = 0;
+    w->kernel->pack(t.n, w->lane_in, head->D, (REAL)(head->scale * log2_e), w->width, w->packed);
+    w->kernel->pack(t.n, w->grad_in, head->Dv, 1, w->width, w->packed_grad);
+    if (t.weighted)
+        w->kernel->pack(t.n, w->key_grad_in, head->D, 1, w->width, w->packed_key_grad);
+
+    while (gather(head, &t, w)) {
+        if (cmb_cancelled(cancel, worker))
+            return;
+        row_products(&t, w->key, head->D, w->packed, w->s, false, true, w);
+        add_bias(head, &t, w->width, w);
+        row_products(&t, w->value, head->Dv, w->packed_grad, w->dp, false, true, w);
+        if (t.weighted)
+            row_products(&t, w->key, head->D, w->packed_key_grad, w->dp, true, false, w);
+        bool finite = true;
+        for (int lane = 0; lane < w->width; lane += CMB_GROUP)
+            finite &= w->kernel->softmax_backward(t.rows, w->s, w->dp, w->width, t.masked ? w->lanes : NULL, lane, lse2,
+                                                  delta, (REAL)head->scale);
+        row_sums(&t, w->s, w->grad_in, head->Dv, w->dvalue, !finite, w);
+        if (t.weighted)
+            row_sums(&t, w->s, w->key_grad_in, head->D, w->dkey, !finite, w);
+        row_sums(&t, w->dp, w->lane_in, head->D, w->dkey, !finite, w);
+        lane_sums(&t, w->dp, w->key, head->D, w->lane_out, !finite, w);
+    }
+}
+
+static void row_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w, cmb_cancel *cancel,
+                              int worker) {
+    tile_state t = begin_tile(head, tile);
+    REAL lse2, delta, *query = w->line;
+    const REAL *dp = w->dp;
+    if (!t.all || !begin_lane(head, &t, 0, &lse2, &delta, w))
+        return;
+    memcpy(query, w->lane_in[0], (size_t)head->D * sizeof(REAL));
+    w->kernel->scale(head->D, query, (REAL)(head->scale * log2_e));
+    while (gather(head, &t, w)) {
+        if (cmb_cancelled(cancel, worker))
+            return;
+        t.rows = visible_rows(&t, w);
+        if (t.rows == 0)
+            continue;
+        const REAL *p_at[CHUNK], *ds_at[CHUNK];
+        for (int i = 0; i < t.rows; i++) {
+            p_at[i] = w->s + i;
+            ds_at[i] = w->dp + i;
+        }
+        w->kernel->dot(t.rows, w->key, head->D, query, w->s);
+        add_bias(head, &t, 1, w);
+        w->kernel->dot(t.rows, w->value, head->Dv, w->grad_in[0], w->dp);
+        if (t.weighted) {
+            REAL more[CHUNK];
+            w->kernel->dot(t.rows, w->key, head->D, w->key_grad_in[0], more);
+            for (int i = 0; i < t.rows; i++)
+                w->dp[i] += more[i];
+        }
+        w->kernel->row_softmax_backward(t.rows, w->s, w->dp, lse2, delta, (REAL)head->scale);
+        w->kernel->product(t.rows, head->Dv, 1, p_at, 0, w->grad_in, w->dvalue, 0, true);
+        if (t.weighted)
+            w->kernel->product(t.rows, head->D, 1, p_at, 0, w->key_grad_in, w->dkey, 0, true);
+        w->kernel->product(t.rows, head->D, 1, ds_at, 0, w->lane_in, w->dkey, 0, true);
+        w->kernel->product(1, head->D, t.rows, &dp, 1, w->key, w->lane_out, 0, true);
+    }
+}
+
+static void tiles_backward(const cmb_head *head, int32_t task, cmb_scratch *w, cmb_cancel *cancel, int worker) {
+    const cmb_plan *plan = head->plan;
+    for (int32_t i = plan->task[task + 1].tile - 1; i >= plan->task[task].tile; i--) {
+        if (!wanted(head, &plan->tile[i]))
+            continue;
+        if (plan->tile[i].width == 1)
+            row_tile_backward(head, &plan->tile[i], w, cancel, worker);
+        else
+            lane_tile_backward(head, &plan->tile[i], w, cancel, worker);
+    }
+}
+
+/* ---- beginnings and ends ------------------------------------------------------------------------ */
+
+static void begin(int64_t n, cmb_rows lse) {
+    for (int64_t x = 0; x < n; x++)
+        *at(lse, x) = -infinity;
+}
+
+static void clear(cmb_rows rows, int64_t n, int64_t dim) {
+    for (int64_t x = 0; x < n; x++)
+        memset(at(rows, x), 0, (size_t)dim * sizeof(REAL));
+}
+
+static void finish(int64_t n, cmb_rows lse, cmb_rows rows, int64_t dim, cmb_rows more, int64_t more_dim) {
+    for (int64_t x = 0; x < n; x++) {
+        REAL *value = at(lse, x);
+        if (*value == only_infinite)
+            *value = (REAL)NAN;
+        if (*value == -infinity) {
+            memset(at(rows, x), 0, (size_t)dim * sizeof(REAL));
+            if (more.data)
+                memset(at(more, x), 0, (size_t)more_dim * sizeof(REAL));
+        }
+    }
+}
+
+static void copy_region_keys(const cmb_head *head, cmb_rows to) {
+    for (int32_t r = 0; r < head->plan->R; r++) {
+        if (*at(head->region_lse, r) == -infinity)
+            memset(at(to, r), 0, (size_t)head->D * sizeof(REAL));
+        else
+            memcpy(at(to, r), key_row(head, head->L + r), (size_t)head->D * sizeof(REAL));
+    }
+}
+
+static void begin_gradient(int64_t n, cmb_rows lse, cmb_rows from, int64_t dim, cmb_rows to) {
+    for (int64_t x = 0; x < n; x++) {
+        if (!from.data || *at(lse, x) == -infinity)
+            memset(at(to, x), 0, (size_t)dim * sizeof(REAL));
+        else
+            memcpy(at(to, x), at(from, x), (size_t)dim * sizeof(REAL));
+    }
+}
+
+const cmb_stage_table *NAME2(cmb_stages, SUFFIX)(void) {
+    static const cmb_stage_table table = {
+        .size = sizeof(REAL),
+        .scratch = take_scratch,
+        .pool = pool,
+        .pool_backward = pool_backward,
+        .tiles = tiles,
+        .tiles_backward = tiles_backward,
+        .begin = begin,
+        .finish = finish,
+        .copy_region_keys = copy_region_keys,
+        .clear = clear,
+        .begin_gradient = begin_gradient,
+    };
+    return &table;
+}
