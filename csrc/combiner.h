@@ -48,8 +48,8 @@ typedef struct {
 /* ---- plans -------------------------------------------------------------------------------------- */
 
 typedef enum {
-    CMB_POOL_MAX,   /* per feature; ties go to the first child; a NaN child makes NaN */
-    CMB_POOL_MEAN,  /* over positions: a child weighs as many positions as lie unmasked below it */
+    CMB_POOL_MAX,  /* per feature; ties go to the first child; a NaN child makes NaN */
+    CMB_POOL_MEAN, /* over positions: a child weighs as many positions as lie unmasked below it */
     CMB_POOL_SUM,
     CMB_POOL_FIRST, /* the first child with an unmasked position below it: a pick, an alias, no copy */
 } cmb_pooling;
@@ -95,18 +95,18 @@ typedef struct {
     int64_t L;
     int32_t R, N;
     bool is_causal;
-    bool size_bias;      /* log of the unmasked positions below a region joins its logit */
-    bool weighted;       /* k_R = sum_j p(j|R) k_j in place of the pool; per query head then */
+    bool size_bias; /* log of the unmasked positions below a region joins its logit */
+    bool weighted;  /* k_R = sum_j p(j|R) k_j in place of the pool; per query head then */
     cmb_pooling pooling;
     int32_t waves, tasks, pools, tiles, runs;
     int32_t indices, masks;
-    const int32_t *wave;   /* [waves + 1] first task */
-    const cmb_task *task;  /* [tasks + 1] */
-    const cmb_pool *pool;  /* [pools] */
-    const cmb_tile *tile;  /* [tiles + 1]; of the last only `run` is read */
-    const cmb_run *run;    /* [runs] */
-    const int32_t *index;  /* [indices] */
-    const uint64_t *mask;  /* [masks] */
+    const int32_t *wave;  /* [waves + 1] first task */
+    const cmb_task *task; /* [tasks + 1] */
+    const cmb_pool *pool; /* [pools] */
+    const cmb_tile *tile; /* [tiles + 1]; of the last only `run` is read */
+    const cmb_run *run;   /* [runs] */
+    const int32_t *index; /* [indices] */
+    const uint64_t *mask; /* [masks] */
 } cmb_plan;
 
 typedef struct {
@@ -185,11 +185,11 @@ typedef struct {
     int64_t plans;               /* 1 or B * Hk */
     cmb_array query, key, value; /* [B, Hq, L, D], [B, Hk, L, D], [B, Hk, L, Dv] */
 
-    const uint8_t *key_mask;     /* [B, L], 0 = leave out: such a key, value and pooled query is never read; or NULL */
+    const uint8_t *key_mask; /* [B, L], 0 = leave out: such a key, value and pooled query is never read; or NULL */
     int64_t mask_batch, mask_row;
 
-    cmb_array region_query;      /* [B, Hq, R, D] in place of the pooled q_R, or absent */
-    cmb_array region_key;        /* [B, Hk or Hq, R, D] in place of k_R, or absent */
+    cmb_array region_query; /* [B, Hq, R, D] in place of the pooled q_R, or absent */
+    cmb_array region_key;   /* [B, Hk or Hq, R, D] in place of k_R, or absent */
 
     /* The regions' rows, R the largest of the plans'. Rows no query attends hold zeros (lse -inf).
      *   forward SUMMARIZE  writes all three
@@ -197,12 +197,12 @@ typedef struct {
      *   forward BOTH       writes those present: value and lse, and key where the plan is weighted, are
      *                      what backward needs
      *   backward           reads value; lse but for ATTEND; key for ATTEND and where the plan is weighted */
-    cmb_array summary_key;       /* [B, Hk or Hq, R, D] */
-    cmb_array summary_value;     /* [B, Hq, R, Dv] */
-    cmb_array summary_lse;       /* [B, Hq, R] */
+    cmb_array summary_key;   /* [B, Hk or Hq, R, D] */
+    cmb_array summary_value; /* [B, Hq, R, Dv] */
+    cmb_array summary_lse;   /* [B, Hq, R] */
 
-    cmb_array out;               /* [B, Hq, L, Dv]; written by forward, read by backward; not for SUMMARIZE */
-    cmb_array lse;               /* [B, Hq, L] natural log of the normaliser, -inf where nothing is attended */
+    cmb_array out; /* [B, Hq, L, Dv]; written by forward, read by backward; not for SUMMARIZE */
+    cmb_array lse; /* [B, Hq, L] natural log of the normaliser, -inf where nothing is attended */
 } cmb_problem;
 
 /* Gradients of one scalar. Those read: out and lse (lse may be absent), or for SUMMARIZE summary_key and

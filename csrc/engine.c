@@ -37,9 +37,7 @@ static cmb_status check_array(const char *name, const cmb_array *array, const cm
 }
 
 /* Which of key or query heads a region array has. */
-static int64_t either(const cmb_array *array, const cmb_problem *p) {
-    return array->heads == p->Hk ? p->Hk : p->Hq;
-}
+static int64_t either(const cmb_array *array, const cmb_problem *p) { return array->heads == p->Hk ? p->Hk : p->Hq; }
 
 static int64_t most_regions(const cmb_problem *p) {
     int64_t R = 0;
@@ -48,11 +46,11 @@ static int64_t most_regions(const cmb_problem *p) {
     return R;
 }
 
-#define TRY(call)                                                                                                      \
-    do {                                                                                                               \
-        const cmb_status status_ = (call);                                                                             \
-        if (status_ != CMB_OK)                                                                                         \
-            return status_;                                                                                            \
+#define TRY(call)                          \
+    do {                                   \
+        const cmb_status status_ = (call); \
+        if (status_ != CMB_OK)             \
+            return status_;                \
     } while (0)
 
 static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *error) {
@@ -64,8 +62,8 @@ static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *
         const char *name;
         int64_t value, least, most;
     } sizes[] = {
-        {"B", p->B, 0, INT64_MAX},         {"Hq", p->Hq, 0, INT64_MAX},         {"Hk", p->Hk, 0, INT64_MAX},
-        {"L", p->L, 0, INT32_MAX},         {"D", p->D, 1, WIDEST_FEATURES},     {"Dv", p->Dv, 1, WIDEST_FEATURES},
+        {"B", p->B, 0, INT64_MAX}, {"Hq", p->Hq, 0, INT64_MAX},     {"Hk", p->Hk, 0, INT64_MAX},
+        {"L", p->L, 0, INT32_MAX}, {"D", p->D, 1, WIDEST_FEATURES}, {"Dv", p->Dv, 1, WIDEST_FEATURES},
     };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i].value < sizes[i].least || sizes[i].value > sizes[i].most)
@@ -80,8 +78,8 @@ static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *
     if (__builtin_mul_overflow(p->B, p->Hq, &heads) || __builtin_mul_overflow(heads, p->L, &rows))
         return cmb_fail(error, CMB_ERR_OVERFLOW, "B * Hq * L does not fit in 64 bits");
     if (p->plans != 1 && p->plans != p->B * p->Hk)
-        return cmb_fail(error, CMB_ERR_VALUE, "plans must be 1 or B * Hk = %lld, got %lld",
-                        (long long)(p->B * p->Hk), (long long)p->plans);
+        return cmb_fail(error, CMB_ERR_VALUE, "plans must be 1 or B * Hk = %lld, got %lld", (long long)(p->B * p->Hk),
+                        (long long)p->plans);
     for (int64_t i = 0; i < p->plans; i++) {
         const cmb_plan *plan = p->plan[i], *first = p->plan[0];
         if (plan->L != p->L)
@@ -89,8 +87,9 @@ static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *
                             (long long)plan->L);
         if (plan->pooling != first->pooling || plan->size_bias != first->size_bias ||
             plan->weighted != first->weighted || plan->is_causal != first->is_causal)
-            return cmb_fail(error, CMB_ERR_VALUE, "plans of one call must agree in pooling, size_bias, weighted and "
-                                                  "is_causal");
+            return cmb_fail(error, CMB_ERR_VALUE,
+                            "plans of one call must agree in pooling, size_bias, weighted and "
+                            "is_causal");
     }
     const int64_t R = most_regions(p);
     const bool attend = p->stages & CMB_ATTEND, summarize = p->stages & CMB_SUMMARIZE;
@@ -172,7 +171,7 @@ typedef struct {
     cmb_scratch **scratch; /* [workers] */
     int64_t first, flying; /* forward: the group of heads at hand */
     int32_t wave;
-    int64_t *task;         /* [slots + 1] first index of each head's tasks in this wave */
+    int64_t *task; /* [slots + 1] first index of each head's tasks in this wave */
 } schedule;
 
 static bool keeps_key(const cmb_problem *p) { return p->summary_key.data && p->plan[0]->weighted; }
@@ -243,7 +242,8 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
     } else {
         const int64_t bytes = (p->L + run->R) * (2 * p->D + p->Dv) * (int64_t)run->stage->size;
         const int64_t fit = bytes > 0 ? bytes_in_flight / bytes : INT64_MAX;
-        run->slots = fit > 1 ? fit : 1;
+        const int64_t fewest = (run->workers + 3) / 4; /* a wave of one head may have few tasks */
+        run->slots = fit > fewest ? fit : fewest;
         run->slots = run->slots < run->units ? run->slots : run->units;
         run->slots = run->slots < 1024 ? run->slots : 1024;
     }
@@ -354,7 +354,7 @@ static void end_head(void *context, int64_t slot, int worker) {
                            head.weighted ? head.region_key : (cmb_rows){NULL, 0}, head.D);
     const bool owner = p->summary_key.data && h % (p->Hq / p->summary_key.heads) == 0;
     if (p->stages == CMB_SUMMARIZE && owner && !head.weighted)
-        run->stage->copy_region_keys(&head, head_of(p, &p->summary_key, run->stage->size, b, h));
+        run->stage->copy_region_keys(&head, run->R, head_of(p, &p->summary_key, run->stage->size, b, h));
 }
 
 static void forward(schedule *run) {
@@ -369,8 +369,7 @@ static void forward(schedule *run) {
             run->task[0] = 0;
             for (int64_t slot = 0; slot < run->flying; slot++) {
                 const cmb_plan *plan = flying_head(run, slot).plan;
-                const int32_t tasks =
-                    run->wave < plan->waves ? plan->wave[run->wave + 1] - plan->wave[run->wave] : 0;
+                const int32_t tasks = run->wave < plan->waves ? plan->wave[run->wave + 1] - plan->wave[run->wave] : 0;
                 run->task[slot + 1] = run->task[slot] + tasks;
             }
             cmb_parallel_for(run->task[run->flying], run->workers, forward_task, run, run->cancel);
@@ -411,15 +410,14 @@ static void begin_gradients(const schedule *run, cmb_head *head, const tables *t
     const bool own_key = !given_key || first || p->region_key.heads == p->Hq;
     /* k_R of Hk heads is one thing, so its gradient enters once a group. */
     const bool enters = g->summary_key.data && h % (p->Hq / g->summary_key.heads) == 0;
-    head->grad.region_query = p->region_query.data ? head_of(p, &g->region_query, stage->size, b, h)
-                                                   : dense(t->query_grad, p->D);
+    head->grad.region_query =
+        p->region_query.data ? head_of(p, &g->region_query, stage->size, b, h) : dense(t->query_grad, p->D);
     head->grad.region_key = given_key ? head_of(p, &g->region_key, stage->size, b, h) : dense(t->key_grad, p->D);
     head->grad.region_value = dense(t->value_grad, p->Dv);
     stage->clear(head->grad.region_query, R, p->D);
     if (own_key)
-        stage->begin_gradient(R, head->region_lse,
-                              enters ? head_of(p, &g->summary_key, stage->size, b, h) : nothing, p->D,
-                              head->grad.region_key);
+        stage->begin_gradient(R, head->region_lse, enters ? head_of(p, &g->summary_key, stage->size, b, h) : nothing,
+                              p->D, head->grad.region_key);
     stage->begin_gradient(R, head->region_lse, head_of(p, &g->summary_value, stage->size, b, h), p->Dv,
                           head->grad.region_value);
 }

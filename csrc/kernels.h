@@ -19,42 +19,42 @@
 
 enum { CMB_GROUP = 16 }; /* lanes that masks and windows are counted in */
 
-#define CMB_DECLARE_KERNELS(REAL, SUFFIX)                                                                            \
-    typedef struct {                                                                                                 \
-        /* packed[d * width + lane] = scale * row[lane][d], and 0 for lanes in [n, width). */                        \
-        void (*pack)(int n, const REAL *const *row, int64_t dim, REAL scale, int width, REAL *packed);               \
-        /* c[i][column + j] (+)= sum over t < k of a[i][t * a_step] * b[t][column + j], i < m, j < n.                \
-         * The sum starts from 0 and is added once to c where `add`. c overlaps neither a nor b. */                  \
-        void (*product)(int64_t m, int64_t n, int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b, \
-                        REAL *const *c, int64_t column, bool add);                                                   \
-        /* s[i] = sum over d of row[i][d] * x[d], in 16 virtual lanes. */                                            \
-        void (*dot)(int64_t n, const REAL *const *row, int64_t dim, const REAL *x, REAL *s);                         \
-        /* One step of the online softmax (base 2) for 16 lanes: s[i * width + lane] becomes 2^(s - m), m and l are  \
-         * updated and alpha = 2^(old m - m) is what earlier sums are to be multiplied with; returns whether any     \
-         * alpha is not 1. Lane t of row i takes part if mask is NULL or bit `lane0 + t` of mask[i] is set: the      \
-         * others become 0, whatever s held. */                                                                      \
-        bool (*softmax)(int64_t n, REAL *s, int width, const uint64_t *mask, int lane0, REAL *m, REAL *l,            \
-                        REAL *alpha);                                                                                \
-        /* Its derivative for 16 lanes: s becomes p = 2^(s - lse2), dp becomes p * (dp - delta) * scale, both 0      \
-         * where masked; returns whether every s and dp was finite. */                                               \
-        bool (*softmax_backward)(int64_t n, REAL *s, REAL *dp, int width, const uint64_t *mask, int lane0,           \
-                                 const REAL *lse2, const REAL *delta, REAL scale);                                   \
-        /* The same two for one query, its rows side by side: s[0..n); s has room for n rounded up to 16. */         \
-        REAL (*row_softmax)(int64_t n, REAL *s, REAL *m, REAL *l);                                                   \
-        void (*row_softmax_backward)(int64_t n, REAL *s, REAL *dp, REAL lse2, REAL delta, REAL scale);               \
-        /* x[0..n) *= factor; y = x / divisor; whether all of x is finite. */                                        \
-        void (*scale)(int64_t n, REAL *x, REAL factor);                                                              \
-        void (*divide)(int64_t n, const REAL *x, REAL divisor, REAL *y);                                             \
-        bool (*finite)(int64_t n, const REAL *x);                                                                    \
+#define CMB_DECLARE_KERNELS(REAL, SUFFIX)                                                                              \
+    typedef struct {                                                                                                   \
+        /* packed[d * width + lane] = scale * row[lane][d], and 0 for lanes in [n, width). */                          \
+        void (*pack)(int n, const REAL *const *row, int64_t dim, REAL scale, int width, REAL *packed);                 \
+        /* c[i][column + j] (+)= sum over t < k of a[i][t * a_step] * b[t][column + j], i < m, j < n.                  \
+         * The sum starts from 0 and is added once to c where `add`. c overlaps neither a nor b. */                    \
+        void (*product)(int64_t m, int64_t n, int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b,   \
+                        REAL *const *c, int64_t column, bool add);                                                     \
+        /* s[i] = sum over d of row[i][d] * x[d], in 16 virtual lanes. */                                              \
+        void (*dot)(int64_t n, const REAL *const *row, int64_t dim, const REAL *x, REAL *s);                           \
+        /* One step of the online softmax (base 2) for 16 lanes: s[i * width + lane] becomes 2^(s - m), m and l are    \
+         * updated and alpha = 2^(old m - m) is what earlier sums are to be multiplied with; returns whether any       \
+         * alpha is not 1. Lane t of row i takes part if mask is NULL or bit `lane0 + t` of mask[i] is set: the        \
+         * others become 0, whatever s held. */                                                                        \
+        bool (*softmax)(int64_t n, REAL *s, int width, const uint64_t *mask, int lane0, REAL *m, REAL *l,              \
+                        REAL *alpha);                                                                                  \
+        /* Its derivative for 16 lanes: s becomes p = 2^(s - lse2), dp becomes p * (dp - delta) * scale, both 0        \
+         * where masked; returns whether every s and dp was finite. */                                                 \
+        bool (*softmax_backward)(int64_t n, REAL *s, REAL *dp, int width, const uint64_t *mask, int lane0,             \
+                                 const REAL *lse2, const REAL *delta, REAL scale);                                     \
+        /* The same two for one query, its rows side by side: s[0..n); s has room for n rounded up to 16. */           \
+        REAL (*row_softmax)(int64_t n, REAL *s, REAL *m, REAL *l);                                                     \
+        void (*row_softmax_backward)(int64_t n, REAL *s, REAL *dp, REAL lse2, REAL delta, REAL scale);                 \
+        /* x[0..n) *= factor; y = x / divisor; whether all of x is finite. */                                          \
+        void (*scale)(int64_t n, REAL *x, REAL factor);                                                                \
+        void (*divide)(int64_t n, const REAL *x, REAL divisor, REAL *y);                                               \
+        bool (*finite)(int64_t n, const REAL *x);                                                                      \
         /* top[d] = max over i of row[i][d], and of top[d] where `add`; a NaN makes NaN, of equals the first stays. */ \
-        void (*max_pool)(int64_t n, const REAL *const *row, int64_t dim, REAL *top, bool add);                       \
-        /* grad_row[i][d] += grad[d] for the first i that holds top[d] */                                            \
-        void (*max_pool_backward)(int64_t n, const REAL *const *row, int64_t dim, const REAL *top, const REAL *grad, \
-                                  REAL *const *grad_row);                                                            \
-        /* y = 2^x for x <= 1, 0.84 ulp in float; 0 from -127 (-1023) down */                                        \
-        void (*exp2)(int64_t n, const REAL *x, REAL *y);                                                             \
-    } cmb_kernels_##SUFFIX;                                                                                          \
-    extern const cmb_kernels_##SUFFIX cmb_kernels_base_##SUFFIX, cmb_kernels_avx2_##SUFFIX,                          \
+        void (*max_pool)(int64_t n, const REAL *const *row, int64_t dim, REAL *top, bool add);                         \
+        /* grad_row[i][d] += grad[d] for the first i that holds top[d] */                                              \
+        void (*max_pool_backward)(int64_t n, const REAL *const *row, int64_t dim, const REAL *top, const REAL *grad,   \
+                                  REAL *const *grad_row);                                                              \
+        /* y = 2^x for x <= 1, 0.84 ulp in float; 0 from -127 (-1023) down */                                          \
+        void (*exp2)(int64_t n, const REAL *x, REAL *y);                                                               \
+    } cmb_kernels_##SUFFIX;                                                                                            \
+    extern const cmb_kernels_##SUFFIX cmb_kernels_base_##SUFFIX, cmb_kernels_avx2_##SUFFIX,                            \
         cmb_kernels_avx512_##SUFFIX, cmb_kernels_neon_##SUFFIX;
 
 CMB_DECLARE_KERNELS(float, f32)

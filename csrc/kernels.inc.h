@@ -51,20 +51,21 @@
 INLINE vec K(exp2_vec)(vec x) {
 #if FLOAT_BITS == 32
     const vec magic = broadcast(12582912.0f + 127.0f), least = broadcast(-127.0f);
-    static const REAL c[] = {0x1.42228p-13f,  0x1.5f181ap-10f, 0x1.3b2c92p-7f, 0x1.c6af3ep-5f,
-                             0x1.ebfbdcp-3f, 0x1.62e43p-1f,   1.0f};
+    static const REAL c[] = {
+        0x1.42228p-13f, 0x1.5f181ap-10f, 0x1.3b2c92p-7f, 0x1.c6af3ep-5f, 0x1.ebfbdcp-3f, 0x1.62e43p-1f, 1.0f};
 #else
     const vec magic = broadcast(6755399441055744.0 + 1023.0), least = broadcast(-1023.0);
-    static const REAL c[] = {0x1.eabaad8f95e2fp-32, 0x1.e6091eff2c647p-28, 0x1.b524864a03113p-24,
-                             0x1.62bfd27f38186p-20, 0x1.ffcbfc8da45eap-17, 0x1.4309130a5bd50p-13,
-                             0x1.5d87fe78a090ap-10, 0x1.3b2ab6fba1877p-7,  0x1.c6b08d704a0cap-5,
-                             0x1.ebfbdff82c59bp-3,  0x1.62e42fefa39efp-1,  1.0};
+    static const REAL c[] = {0x1.eabaad8f95e2fp-32, 0x1.e6091eff2c647p-28, 0x1.b524864a03113p-24, 0x1.62bfd27f38186p-20,
+                             0x1.ffcbfc8da45eap-17, 0x1.4309130a5bd50p-13, 0x1.5d87fe78a090ap-10, 0x1.3b2ab6fba1877p-7,
+                             0x1.c6b08d704a0cap-5,  0x1.ebfbdff82c59bp-3,  0x1.62e42fefa39efp-1,  1.0};
 #endif
     x = maximum(least, x); /* the constant first: a NaN stays */
     vec biased = x + magic;
     vec f = x - (biased - magic);
     vec p = broadcast(c[0]);
-    UNROLL for (int i = 1; i < (int)(sizeof c / sizeof *c); i++) p = fma_vec(p, f, broadcast(c[i]));
+    UNROLL
+    for (int i = 1; i < (int)(sizeof c / sizeof *c); i++)
+        p = fma_vec(p, f, broadcast(c[i]));
     vec power = (vec)((bits)biased << (FLOAT_BITS == 32 ? 23 : 52)); /* 2^n, and 0 for the least n */
     return rounded(p * power);
 }
@@ -82,13 +83,17 @@ static void K(exp2)(int64_t n, const REAL *x, REAL *y) {
 /* LANES x LANES, in place: log2(LANES) rounds of a perfect shuffle, each of which rotates the bits of
  * (row, column) by one. */
 INLINE void K(transpose)(vec x[LANES]) {
-    UNROLL for (int round = 1; round < LANES; round *= 2) {
+    UNROLL
+    for (int round = 1; round < LANES; round *= 2) {
         vec y[LANES];
-        UNROLL for (int i = 0; i < LANES / 2; i++) {
+        UNROLL
+        for (int i = 0; i < LANES / 2; i++) {
             y[2 * i] = interleave_low(x[i], x[i + LANES / 2]);
             y[2 * i + 1] = interleave_high(x[i], x[i + LANES / 2]);
         }
-        UNROLL for (int i = 0; i < LANES; i++) x[i] = y[i];
+        UNROLL
+        for (int i = 0; i < LANES; i++)
+            x[i] = y[i];
     }
 }
 
@@ -98,15 +103,20 @@ static void K(pack)(int n, const REAL *const *row, int64_t dim, REAL scale, int 
         int64_t d = 0;
         for (; d + LANES <= dim; d += LANES) {
             vec x[LANES];
-            UNROLL for (int i = 0; i < LANES; i++) x[i] = lane + i < n ? load(row[lane + i] + d) * factor : (vec){0};
+            UNROLL
+            for (int i = 0; i < LANES; i++)
+                x[i] = lane + i < n ? load(row[lane + i] + d) * factor : (vec){0};
             K(transpose)(x);
-            UNROLL for (int i = 0; i < LANES; i++) store(packed + (d + i) * width + lane, x[i]);
+            UNROLL
+            for (int i = 0; i < LANES; i++)
+                store(packed + (d + i) * width + lane, x[i]);
         }
         if (d < dim) {
             int rest = (int)(dim - d);
             vec x[LANES];
-            UNROLL for (int i = 0; i < LANES; i++) x[i] =
-                lane + i < n ? load_part(row[lane + i] + d, rest) * factor : (vec){0};
+            UNROLL
+            for (int i = 0; i < LANES; i++)
+                x[i] = lane + i < n ? load_part(row[lane + i] + d, rest) * factor : (vec){0};
             K(transpose)(x);
             for (int i = 0; i < rest; i++)
                 store(packed + (d + i) * width + lane, x[i]);
@@ -121,23 +131,33 @@ INLINE void K(micro)(int mr, int nr, int64_t k, const REAL *const *a, int64_t a_
                      REAL *const *c, int64_t column, int part, bool add) {
     vec sum[12][4];
     const REAL *x[12];
-    UNROLL for (int i = 0; i < mr; i++) {
+    UNROLL
+    for (int i = 0; i < mr; i++) {
         x[i] = a[i];
-        UNROLL for (int j = 0; j < nr; j++) sum[i][j] = (vec){0};
+        UNROLL
+        for (int j = 0; j < nr; j++)
+            sum[i][j] = (vec){0};
     }
     int64_t at = 0;
     for (int64_t t = 0; t < k; t++, at += a_step) {
         const REAL *y = b[t] + column;
         vec v[4];
-        UNROLL for (int j = 0; j < nr; j++) v[j] = part ? load_part(y, part) : load(y + j * LANES);
-        UNROLL for (int i = 0; i < mr; i++) {
+        UNROLL
+        for (int j = 0; j < nr; j++)
+            v[j] = part ? load_part(y, part) : load(y + j * LANES);
+        UNROLL
+        for (int i = 0; i < mr; i++) {
             vec s = broadcast(x[i][at]);
-            UNROLL for (int j = 0; j < nr; j++) sum[i][j] = fma_vec(s, v[j], sum[i][j]);
+            UNROLL
+            for (int j = 0; j < nr; j++)
+                sum[i][j] = fma_vec(s, v[j], sum[i][j]);
         }
     }
-    UNROLL for (int i = 0; i < mr; i++) {
+    UNROLL
+    for (int i = 0; i < mr; i++) {
         REAL *z = c[i] + column;
-        UNROLL for (int j = 0; j < nr; j++) {
+        UNROLL
+        for (int j = 0; j < nr; j++) {
             if (part)
                 store_part(z, add ? load_part(z, part) + sum[i][j] : sum[i][j], part);
             else
@@ -149,16 +169,16 @@ INLINE void K(micro)(int mr, int nr, int64_t k, const REAL *const *a, int64_t a_
 typedef void K(micro_kernel)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b, REAL *const *c,
                              int64_t column, int part, bool add);
 
-#define MICRO(mr, nr)                                                                                                 \
-    NOINLINE void K(micro_##mr##x##nr)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b,         \
-                                       REAL *const *c, int64_t column, int part, bool add) {                         \
-        (void)part;                                                                                                  \
-        K(micro)(mr, nr, k, a, a_step, b, c, column, 0, add);                                                        \
+#define MICRO(mr, nr)                                                                                         \
+    NOINLINE void K(micro_##mr##x##nr)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b, \
+                                       REAL *const *c, int64_t column, int part, bool add) {                  \
+        (void)part;                                                                                           \
+        K(micro)(mr, nr, k, a, a_step, b, c, column, 0, add);                                                 \
     }
-#define MICRO_PART(mr)                                                                                                \
-    NOINLINE void K(micro_part_##mr)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b,           \
-                                     REAL *const *c, int64_t column, int part, bool add) {                           \
-        K(micro)(mr, 1, k, a, a_step, b, c, column, part, add);                                                      \
+#define MICRO_PART(mr)                                                                                      \
+    NOINLINE void K(micro_part_##mr)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b, \
+                                     REAL *const *c, int64_t column, int part, bool add) {                  \
+        K(micro)(mr, 1, k, a, a_step, b, c, column, part, add);                                             \
     }
 /* clang-format off */
 MICRO(12, 1) MICRO(8, 1) MICRO(4, 1) MICRO(2, 1) MICRO(1, 1)
@@ -218,7 +238,9 @@ enum { K(parts) = CMB_GROUP / LANES > 0 ? CMB_GROUP / LANES : 1 }; /* vectors th
 /* The 16 virtual lanes as a sum, in one order for every vector length. */
 INLINE REAL K(sum16)(const vec x[K(parts)]) {
     REAL lane[CMB_GROUP];
-    UNROLL for (int i = 0; i < K(parts); i++) store(lane + i * LANES, x[i]);
+    UNROLL
+    for (int i = 0; i < K(parts); i++)
+        store(lane + i * LANES, x[i]);
     for (int half = CMB_GROUP / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++)
             lane[i] += lane[i + half];
@@ -228,11 +250,14 @@ INLINE REAL K(sum16)(const vec x[K(parts)]) {
 static void K(dot)(int64_t n, const REAL *const *row, int64_t dim, const REAL *x, REAL *s) {
     for (int64_t r = 0; r < n; r++) {
         vec sum[K(parts)];
-        UNROLL for (int i = 0; i < K(parts); i++) sum[i] = (vec){0};
+        UNROLL
+        for (int i = 0; i < K(parts); i++)
+            sum[i] = (vec){0};
         int64_t d = 0;
         for (; d + CMB_GROUP <= dim; d += CMB_GROUP)
-            UNROLL for (int i = 0; i < K(parts); i++) sum[i] =
-                fma_vec(load(row[r] + d + i * LANES), load(x + d + i * LANES), sum[i]);
+            UNROLL
+        for (int i = 0; i < K(parts); i++)
+            sum[i] = fma_vec(load(row[r] + d + i * LANES), load(x + d + i * LANES), sum[i]);
         for (int i = 0; d < dim; i++, d += LANES) {
             int rest = dim - d < LANES ? (int)(dim - d) : LANES;
             sum[i] = fma_vec(load_part(row[r] + d, rest), load_part(x + d, rest), sum[i]);
@@ -249,13 +274,16 @@ static REAL K(row_softmax)(int64_t n, REAL *s, REAL *m, REAL *l) {
     for (int64_t i = n; i % CMB_GROUP; i++)
         s[i] = -(REAL)INFINITY;
     vec sum[K(parts)];
-    UNROLL for (int i = 0; i < K(parts); i++) sum[i] = (vec){0};
+    UNROLL
+    for (int i = 0; i < K(parts); i++)
+        sum[i] = (vec){0};
     for (int64_t t = 0; t < n; t += CMB_GROUP)
-        UNROLL for (int i = 0; i < K(parts); i++) {
-            vec p = K(exp2_vec)(load(s + t + i * LANES) - base);
-            store(s + t + i * LANES, p);
-            sum[i] += p;
-        }
+        UNROLL
+    for (int i = 0; i < K(parts); i++) {
+        vec p = K(exp2_vec)(load(s + t + i * LANES) - base);
+        store(s + t + i * LANES, p);
+        sum[i] += p;
+    }
     REAL alpha = K(exp2_vec)(broadcast(*m) - base)[0];
     REAL old = rounded(broadcast(*l * alpha))[0];
     *l = old + K(sum16)(sum);
@@ -371,7 +399,9 @@ static bool K(finite)(int64_t n, const REAL *x) {
 /* ---- max pooling -------------------------------------------------------------------------------- */
 
 /* x takes top's place where it is greater, or NaN (of which the first stays). */
-INLINE vec K(greater)(vec x, vec top) { return if_nonzero((bits)(x > top) | ((bits)(x != x) & (bits)(top == top)), x, top); }
+INLINE vec K(greater)(vec x, vec top) {
+    return if_nonzero((bits)(x > top) | ((bits)(x != x) & (bits)(top == top)), x, top);
+}
 
 static void K(max_pool)(int64_t n, const REAL *const *row, int64_t dim, REAL *top, bool add) {
     for (int64_t d = 0; d < dim; d += LANES) {

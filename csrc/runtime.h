@@ -16,8 +16,7 @@ static inline bool cmb_multiply(size_t a, size_t b, size_t *result) { return !__
 static inline bool cmb_add(size_t a, size_t b, size_t *result) { return !__builtin_add_overflow(a, b, result); }
 
 /* Fills *error (where not NULL) and returns `status`. */
-cmb_status cmb_fail(cmb_error *error, cmb_status status, const char *format, ...)
-    __attribute__((format(printf, 3, 4)));
+cmb_status cmb_fail(cmb_error *error, cmb_status status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 int64_t cmb_now(void); /* ns of the monotonic clock */
 

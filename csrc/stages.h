@@ -20,13 +20,13 @@ typedef struct {
     const uint8_t *key_mask; /* NULL: every key takes part */
     int64_t mask_row;
 
-    bool all_live;               /* no row is masked or empty: `count` need not be asked */
-    bool counted;                /* `count` is kept: something asks it */
-    bool pool_query, pool_key;   /* this abstraction is pooled here, not given, picked or weighted */
-    bool pick_query, pick_key;   /* it is the row of position pick[r] */
-    bool weighted;               /* k_R comes out of the summarising softmax, beside h_R */
-    int32_t *count;              /* [R] unmasked positions below */
-    int32_t *pick;               /* [R] */
+    bool all_live;             /* no row is masked or empty: `count` need not be asked */
+    bool counted;              /* `count` is kept: something asks it */
+    bool pool_query, pool_key; /* this abstraction is pooled here, not given, picked or weighted */
+    bool pick_query, pick_key; /* it is the row of position pick[r] */
+    bool weighted;             /* k_R comes out of the summarising softmax, beside h_R */
+    int32_t *count;            /* [R] unmasked positions below */
+    int32_t *pick;             /* [R] */
 
     cmb_rows query, key, value;
     cmb_rows region_query, region_key, region_value, region_lse;
@@ -63,8 +63,8 @@ typedef struct {
      * become zeros. `dim` features of `rows`, and of `more` where it has data. */
     void (*begin)(int64_t n, cmb_rows lse);
     void (*finish)(int64_t n, cmb_rows lse, cmb_rows rows, int64_t dim, cmb_rows more, int64_t more_dim);
-    /* k_R of every region with an lse, 0 for the others */
-    void (*copy_region_keys)(const cmb_head *head, cmb_rows to);
+    /* k_R of every region r < n with an lse, 0 for the others */
+    void (*copy_region_keys)(const cmb_head *head, int64_t n, cmb_rows to);
     void (*clear)(cmb_rows rows, int64_t n, int64_t dim);
     /* gradients of regions with an lse, 0 for the others; all 0 where `from` has no data */
     void (*begin_gradient)(int64_t n, cmb_rows lse, cmb_rows from, int64_t dim, cmb_rows to);

@@ -36,29 +36,30 @@ enum {
 
 static const REAL infinity = (REAL)INFINITY;
 /* lse of a query whose live logits are so far all -inf: not "nothing attended" (-inf), and NaN in the end. */
-static const REAL only_infinite = sizeof(REAL) == 4 ? (REAL)-3.40282346638528859812e+38 : (REAL)-1.79769313486231570815e+308;
+static const REAL only_infinite =
+    sizeof(REAL) == 4 ? (REAL)-3.40282346638528859812e+38 : (REAL)-1.79769313486231570815e+308;
 static const double log2_e = 1.44269504088896340736, ln_2 = 0.69314718055994530942;
 
 struct cmb_scratch {
     const KERNELS *kernel;
     bool backward;
-    int width;                /* of the tile at hand */
-    REAL *packed;             /* [D][64] Q^T */
-    REAL *s;                  /* [CHUNK][64] */
-    REAL *sum;                /* [64][Dv + D] O, and the sums of k where weighted */
-    REAL *state;              /* [4][64] m, l, alpha; backward: lse2, delta */
-    REAL *line;               /* [CHUNK + 16 or D] a compacted row of p, a scaled query */
-    const REAL **packed_row;  /* [max(D, Dv)] */
-    const REAL **lane_in;     /* [64] */
-    REAL **lane_out;          /* [64] */
-    REAL **s_row;             /* [CHUNK] */
+    int width;                         /* of the tile at hand */
+    REAL *packed;                      /* [D][64] Q^T */
+    REAL *s;                           /* [CHUNK][64] */
+    REAL *sum;                         /* [64][Dv + D] O, and the sums of k where weighted */
+    REAL *state;                       /* [4][64] m, l, alpha; backward: lse2, delta */
+    REAL *line;                        /* [CHUNK + 16 or D] a compacted row of p, a scaled query */
+    const REAL **packed_row;           /* [max(D, Dv)] */
+    const REAL **lane_in;              /* [64] */
+    REAL **lane_out;                   /* [64] */
+    REAL **s_row;                      /* [CHUNK] */
     const REAL **key, **value, **list; /* [CHUNK] */
-    uint64_t *lanes;          /* [CHUNK] */
-    double *bias;             /* [CHUNK] log2 of a region's size */
+    uint64_t *lanes;                   /* [CHUNK] */
+    double *bias;                      /* [CHUNK] log2 of a region's size */
 
     REAL *packed_grad, *packed_key_grad; /* [Dv][64], [D][64] */
-    REAL *dp;                 /* [CHUNK][64] */
-    REAL **dkey, **dvalue;    /* [CHUNK] */
+    REAL *dp;                            /* [CHUNK][64] */
+    REAL **dkey, **dvalue;               /* [CHUNK] */
     const REAL **grad_in, **key_grad_in; /* [64] dO, and dk_R where weighted */
 
     int64_t N;
@@ -311,13 +312,13 @@ static void pool_backward(const cmb_head *head, int32_t task, cmb_scratch *w) {
 
 typedef struct {
     const cmb_tile *tile;
-    int n;              /* lanes */
-    bool regions;       /* its queries are regions: summarising */
-    bool weighted;      /* and their keys are sums too */
-    uint64_t all;       /* lanes that take part at all */
-    int32_t run, next;  /* where the gathering stands */
-    bool masked;        /* of the chunk gathered last: some lane does not see some row */
-    int rows;           /* of that chunk */
+    int n;             /* lanes */
+    bool regions;      /* its queries are regions: summarising */
+    bool weighted;     /* and their keys are sums too */
+    uint64_t all;      /* lanes that take part at all */
+    int32_t run, next; /* where the gathering stands */
+    bool masked;       /* of the chunk gathered last: some lane does not see some row */
+    int rows;          /* of that chunk */
 } tile_state;
 
 static tile_state begin_tile(const cmb_head *head, const cmb_tile *tile) {
@@ -827,8 +828,8 @@ static void finish(int64_t n, cmb_rows lse, cmb_rows rows, int64_t dim, cmb_rows
     }
 }
 
-static void copy_region_keys(const cmb_head *head, cmb_rows to) {
-    for (int32_t r = 0; r < head->plan->R; r++) {
+static void copy_region_keys(const cmb_head *head, int64_t n, cmb_rows to) {
+    for (int64_t r = 0; r < n; r++) {
         if (*at(head->region_lse, r) == -infinity)
             memset(at(to, r), 0, (size_t)head->D * sizeof(REAL));
         else

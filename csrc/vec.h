@@ -61,21 +61,23 @@ static inline void store_part(REAL *p, vec x, int n) {
 }
 #else
 #if FLOAT_BITS == 32
-static const bits lane_bit = {1, 2, 4, 8,
+static const bits lane_bit = {
+    1,   2,   4,    8,
 #if VECTOR_BYTES >= 32
-                              16, 32, 64, 128,
+    16,  32,  64,   128,
 #endif
 #if VECTOR_BYTES >= 64
-                              256, 512, 1024, 2048, 4096, 8192, 16384, 32768,
+    256, 512, 1024, 2048, 4096, 8192, 16384, 32768,
 #endif
 };
 #else
-static const bits lane_bit = {1, 2,
+static const bits lane_bit = {
+    1,  2,
 #if VECTOR_BYTES >= 32
-                              4, 8,
+    4,  8,
 #endif
 #if VECTOR_BYTES >= 64
-                              16, 32, 64, 128,
+    16, 32, 64, 128,
 #endif
 };
 #endif

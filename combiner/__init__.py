@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Combiner: full attention at sub-quadratic cost, for the CPU (Ren et al., NeurIPS 2021, arXiv 2107.05768)."""
+
+from . import _core
+from .functional import (
+    AttendGradients,
+    Gradients,
+    Summary,
+    attend,
+    attend_backward,
+    attend_forward,
+    attention,
+    attention_backward,
+    attention_forward,
+    attention_weights,
+    merge,
+    summarize,
+    summarize_backward,
+    summarize_forward,
+)
+from .patterns import Dense, Fixed, LogSparse
+from .plan import Plan
+from .process import get_num_threads, info, num_threads, set_isa, set_num_threads
+
+__version__ = _core.VERSION
+
+__all__ = [
+    "AttendGradients",
+    "Dense",
+    "Fixed",
+    "Gradients",
+    "LogSparse",
+    "Plan",
+    "Summary",
+    "attend",
+    "attend_backward",
+    "attend_forward",
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "attention_weights",
+    "get_num_threads",
+    "info",
+    "merge",
+    "num_threads",
+    "set_isa",
+    "set_num_threads",
+    "summarize",
+    "summarize_backward",
+    "summarize_forward",
+]

@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Combiner attention as functions of arrays: both stages at once, each alone, and their gradients.
+
+Ren et al., "Combiner: Full Attention Transformer with Sparse Computation Cost", NeurIPS 2021 (arXiv 2107.05768);
+equation numbers are the paper's. Letters: Hq query heads, Hk key / value heads, L positions, D features of query and
+key, Dv of value, R regions of the plan. What every function here has in common:
+
+- Arrays are `[..., heads, L, features]` with equal leading axes, or `[L, features]` each; float32 or float64, never
+  mixed; Hq is a multiple of Hk, and query head h uses key head ``h // (Hq // Hk)``. A view with any strides is taken
+  without a copy as long as its last axis is contiguous. Inputs are never written.
+- Functions may be called from any thread at once and release the GIL. Ctrl-C ends a call within 0.1 s. Results have
+  the same bits for any number of threads, batch or head composition and memory layout.
+- TypeError: an argument of the wrong kind or dtype. ValueError: a wrong shape or value. OverflowError, MemoryError:
+  sizes beyond the machine. Messages name the argument, what it was and what was expected; after an error nothing has
+  been written to `out`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
+
+import numpy as np
+
+from . import _core
+from .patterns import AnyPattern
+from .plan import Array
+
+Saved: TypeAlias = dict[str, Any]
+
+_SUMMARIZE, _ATTEND, _BOTH = 1, 2, 3  # stages
+_PROBLEM = ("query", "key", "value", "plan", "scale", "key_mask", "region_query", "region_key")
+_RESULT = ("summary_key", "summary_value", "summary_lse", "out", "lse")
+
+
+class Gradients(NamedTuple):
+    """Gradients of one scalar, shaped as the inputs; the last two None unless these were given."""
+
+    query: Array
+    key: Array
+    value: Array
+    region_query: Array | None
+    region_key: Array | None
+
+
+class AttendGradients(NamedTuple):
+    """Gradients of one scalar through stage 2 alone, shaped as the inputs."""
+
+    query: Array
+    key: Array
+    value: Array
+    region_key: Array
+    region_value: Array
+
+
+class Summary(NamedTuple):
+    """What stage 1 makes of the regions. Rows of regions that no query attends are zero, lse -inf.
+
+    key: k_R `[..., Hk, R, D]`, or `[..., Hq, R, D]` where it differs between query heads.
+    value: h_R `[..., Hq, R, Dv]`, the local expectations.
+    lse: `[..., Hq, R]`, the log of the normaliser of each.
+    """
+
+    key: Array
+    value: Array
+    lse: Array
+
+
+@overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    pattern: AnyPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    region_query: Array | None = None,
+    region_key: Array | None = None,
+    return_lse: Literal[False] = False,
+    out: Array | None = None,
+) -> Array: ...
+@overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    pattern: AnyPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    region_query: Array | None = None,
+    region_key: Array | None = None,
+    return_lse: Literal[True],
+    out: Array | None = None,
+) -> tuple[Array, Array]: ...
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    pattern: AnyPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    region_query: Array | None = None,
+    region_key: Array | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """Combiner attention: each query's softmax over its direct keys and, as one key each, its regions (eq 7, 9).
+
+    Parameters
+    ----------
+    query : `[..., Hq, L, D]` or `[L, D]`, float32 or float64; 1 <= D <= 1024.
+    key : `[..., Hk, L, D]` or `[L, D]`, the same dtype.
+    value : `[..., Hk, L, Dv]` or `[L, Dv]`, the same dtype; 1 <= Dv <= 1024.
+    pattern : how each query's support is factorised: a pattern such as `Fixed`, or a `Plan` for length L, or a tuple of
+        plans, one for each batch entry and key head in that order.
+    is_causal : whether query i sees positions up to i only. A Plan carries its own causality; True with a bidirectional
+        one is an error.
+    scale : factor of the logits, finite; 1 / sqrt(D) by default.
+    key_mask : bool, key's leading axes without the heads, then L; True for positions that take part. Masked keys,
+        values and pooled queries are never read; a masked position's own query still attends.
+    region_query : `[..., Hq, R, D]` in place of the pooled q_R, in the plan's region order.
+    region_key : `[..., Hk, R, D]` or `[..., Hq, R, D]` in place of the pooled k_R.
+    return_lse : whether to return lse too.
+    out : array to write the result to: writeable, of its shape and dtype, overlapping no input.
+
+    Returns
+    -------
+    out : `[..., Hq, L, Dv]`; zeros for a query with nothing to attend to.
+    lse : `[..., Hq, L]` if `return_lse`: the natural log of each query's normaliser; -inf with nothing to attend to.
+
+    Notes
+    -----
+    Time O(Hq (pairs + pairs of stage 1) (D + Dv)), see ``Plan.pairs``; memory beyond the arrays O(Hq L (D + Dv)).
+    """
+    done = _core.forward(
+        _BOTH,
+        query,
+        key,
+        value,
+        pattern,
+        is_causal,
+        scale,
+        key_mask,
+        region_query,
+        region_key,
+        None,
+        out,
+        False,
+    )
+    return done[:2] if return_lse else done[0]
+
+
+def attention_forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    pattern: AnyPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    region_query: Array | None = None,
+    region_key: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """`attention`, and what `attention_backward` needs.
+
+    Returns
+    -------
+    out : `[..., Hq, L, Dv]`
+    saved : dict with the inputs as given (not copied: leave them as they are until the backward), "plan", "scale",
+        "out", "lse" `[..., Hq, L]`, "summary_value" `[..., Hq, R, Dv]`, "summary_lse" `[..., Hq, R]` and, for plans
+        with weighted keys, "summary_key" `[..., Hq, R, D]`.
+    """
+    inputs = (query, key, value, pattern, is_causal, scale, key_mask, region_query, region_key)
+    done = _core.forward(_BOTH, *inputs, None, out, True)
+    return done[0], _save("attention_forward", inputs, done)
+
+
+def attention_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = None) -> Gradients:
+    """Gradients of sum(out * grad_out) + sum(lse * grad_lse), the exact derivatives of `attention`.
+
+    Where the maximum of a pool has ties, the lowest position gets the gradient. Gradients of key, value and region_key
+    sum over the query heads that share them.
+
+    Parameters
+    ----------
+    grad_out : `[..., Hq, L, Dv]`, the dtype of the inputs.
+    saved : what `attention_forward` returned.
+    grad_lse : `[..., Hq, L]`; none by default.
+
+    Notes
+    -----
+    About 2.5 times the time of the forward pass; memory beyond the arrays O(Hq L (D + Dv)).
+    """
+    done = _backward(_BOTH, "attention_forward", saved, grad_out, grad_lse, None, None)
+    return Gradients(*done[:5])
+
+
+def summarize(
+    query: Array,
+    key: Array,
+    value: Array,
+    pattern: AnyPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    region_query: Array | None = None,
+    region_key: Array | None = None,
+) -> Summary:
+    """Stage 1 alone: each region's abstraction and local expectation (section 3.3, eq 6).
+
+    ``k_R = pool(k_j)``, ``q_R = pool(q_j)`` and ``h_R = sum_j softmax_j(scale * q_R . k_j) v_j`` over its members j.
+    With `attend` this is `attention`: for incremental or distributed use. Parameters as in `attention`.
+    """
+    return summarize_forward(
+        query,
+        key,
+        value,
+        pattern,
+        is_causal=is_causal,
+        scale=scale,
+        key_mask=key_mask,
+        region_query=region_query,
+        region_key=region_key,
+    )[0]
+
+
+def summarize_forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    pattern: AnyPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    region_query: Array | None = None,
+    region_key: Array | None = None,
+) -> tuple[Summary, Saved]:
+    """`summarize`, and what `summarize_backward` needs: a dict as `attention_forward` returns it."""
+    inputs = (query, key, value, pattern, is_causal, scale, key_mask, region_query, region_key)
+    done = _core.forward(_SUMMARIZE, *inputs, None, None, True)
+    return Summary(*done[2:5]), _save("summarize_forward", inputs, done)
+
+
+def summarize_backward(grad_summary_key: Array | None, grad_summary_value: Array | None, saved: Saved) -> Gradients:
+    """Gradients of sum(summary.key * grad_summary_key) + sum(summary.value * grad_summary_value).
+
+    Parameters
+    ----------
+    grad_summary_key, grad_summary_value : shaped as the summary's key and value; None for zero.
+    saved : what `summarize_forward` returned.
+    """
+    done = _backward(_SUMMARIZE, "summarize_forward", saved, None, None, grad_summary_key, grad_summary_value)
+    return Gradients(*done[:5])
+
+
+@overload
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    region_key: Array,
+    region_value: Array,
+    pattern: AnyPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    return_lse: Literal[False] = False,
+    out: Array | None = None,
+) -> Array: ...
+@overload
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    region_key: Array,
+    region_value: Array,
+    pattern: AnyPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    return_lse: Literal[True],
+    out: Array | None = None,
+) -> tuple[Array, Array]: ...
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    region_key: Array,
+    region_value: Array,
+    pattern: AnyPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """Stage 2 alone: each query's one softmax over its direct keys and the regions given (eq 7, 9).
+
+    Parameters
+    ----------
+    region_key : `[..., Hk, R, D]` or `[..., Hq, R, D]`: k_R, as in ``Summary.key``.
+    region_value : `[..., Hq, R, Dv]`: h_R, as in ``Summary.value``.
+    query, key, value, pattern, is_causal, scale, key_mask, return_lse, out : as in `attention`.
+
+    Returns
+    -------
+    out, or (out, lse), as `attention`.
+    """
+    done = _core.forward(
+        _ATTEND,
+        query,
+        key,
+        value,
+        pattern,
+        is_causal,
+        scale,
+        key_mask,
+        None,
+        region_key,
+        region_value,
+        out,
+        False,
+    )
+    return done[:2] if return_lse else done[0]
+
+
+def attend_forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    region_key: Array,
+    region_value: Array,
+    pattern: AnyPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """`attend`, and what `attend_backward` needs: a dict as `attention_forward` returns it."""
+    inputs = (query, key, value, pattern, is_causal, scale, key_mask, None, region_key)
+    done = _core.forward(_ATTEND, *inputs, region_value, out, True)
+    saved = _save("attend_forward", inputs, done)
+    saved.update(region_key=None, summary_key=region_key, summary_value=region_value)
+    return done[0], saved
+
+
+def attend_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = None) -> AttendGradients:
+    """Gradients of sum(out * grad_out) + sum(lse * grad_lse) through stage 2.
+
+    Parameters
+    ----------
+    grad_out : `[..., Hq, L, Dv]`, the dtype of the inputs.
+    saved : what `attend_forward` returned.
+    grad_lse : `[..., Hq, L]`; none by default.
+    """
+    done = _backward(_ATTEND, "attend_forward", saved, grad_out, grad_lse, None, None)
+    return AttendGradients(*done[:3], *done[5:])
+
+
+def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
+    """One softmax over two sets of parts, from the results over each: (out, lse).
+
+    Parameters
+    ----------
+    out_a, out_b : `[..., Dv]`, the same shape and dtype, float32 or float64.
+    lse_a, lse_b : `[...]`, the same shape without the last axis; -inf where nothing was attended.
+
+    Notes
+    -----
+    ``lse = log(exp(lse_a) + exp(lse_b))`` and ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``, 0 where both
+    are empty; no overflow whatever the sizes of the lse.
+    """
+    for name, x in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+        if not isinstance(x, np.ndarray) or x.dtype not in (np.float32, np.float64):
+            got = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
+            raise TypeError(f"{name} must be a float32 or float64 NumPy array, got {got}")
+        if x.dtype != out_a.dtype:
+            raise TypeError(f"{name} must be {out_a.dtype} like out_a, got {x.dtype}")
+        shape = out_a.shape if name.startswith("out") else out_a.shape[:-1]
+        if x.shape != shape or not out_a.ndim:
+            raise ValueError(f"{name} must have shape {shape if out_a.ndim else '(..., Dv)'}, got {x.shape}")
+    lse = np.logaddexp(lse_a, lse_b)
+    with np.errstate(invalid="ignore"):  # -inf - -inf, where neither side attends to anything
+        weight_a, weight_b = (np.where(x == -np.inf, x.dtype.type(0), np.exp(x - lse)) for x in (lse_a, lse_b))
+    return weight_a[..., None] * out_a + weight_b[..., None] * out_b, lse
+
+
+def attention_weights(
+    query: Array,
+    key: Array,
+    pattern: AnyPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    region_query: Array | None = None,
+    region_key: Array | None = None,
+) -> Array:
+    """The effective attention W: how much of each position's value is in each query's output (eq 8).
+
+    ``W @ value == attention(query, key, value, ...)``; rows sum to 1, or to 0 with nothing to attend to. Parameters as
+    in `attention`.
+
+    Returns
+    -------
+    W : `[..., Hq, L, L]` (`[L, L]` for `[L, D]` inputs)
+
+    Notes
+    -----
+    This is `attention` with the identity for values, up to 512 columns at a time: O(L^2) memory and L / 512 times the
+    cost of attention with Dv = 512. To look at, not to compute with.
+    """
+    options: dict[str, Any] = {
+        "is_causal": is_causal,
+        "scale": scale,
+        "key_mask": key_mask,
+        "region_query": region_query,
+        "region_key": region_key,
+    }
+    lse = attention(query, key, key, pattern, return_lse=True, **options)[1]  # checks every argument, L = 0 too
+    L = lse.shape[-1]
+    weights = np.empty((*lse.shape, L), lse.dtype)
+    for first in range(0, L, 512):
+        columns = np.eye(L, min(512, L - first), -first, lse.dtype)
+        value = np.broadcast_to(columns, (*np.shape(key)[:-1], columns.shape[1]))
+        attention(query, key, value, pattern, out=weights[..., first : first + 512], **options)
+    return weights
+
+
+def _save(function: str, inputs: tuple[Any, ...], done: tuple[Any, ...]) -> Saved:
+    """The inputs with the plan and scale that they came to, and the results."""
+    query, key, value, _, _, _, key_mask, region_query, region_key = inputs
+    out, lse, *summary, plan, scale = done
+    problem = (query, key, value, plan, scale, key_mask, region_query, region_key)
+    return {"function": function, **dict(zip(_PROBLEM + _RESULT, (*problem, *summary, out, lse), strict=True))}
+
+
+def _backward(stages: int, function: str, saved: Saved, *gradients: Array | None) -> tuple[Any, ...]:
+    if not isinstance(saved, dict):
+        raise TypeError(f"saved must be the dict that {function} returned, got {type(saved).__name__}")
+    if saved.get("function") != function:
+        raise ValueError(f"saved must come from {function}, got one from {saved.get('function')}")
+    return _core.backward(stages, *(saved[name] for name in _PROBLEM + _RESULT), *gradients)

@@ -1,0 +1,464 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Combiner in plain float64 NumPy, from the equations of Ren et al., NeurIPS 2021 (arXiv 2107.05768).
+
+This is the definition of what the library computes, and its tests' judge: the same function names as `combiner`,
+one query at a time, no speed. Letters: L positions, D features of query and key, Dv of value, R regions,
+Hq query heads, Hk key / value heads. Equation numbers are the paper's.
+
+Everything is written over one table of L + R rows: row j < L is the position j, row L + r is the region r.
+
+    Q = [q ; q_R]    K = [k ; k_R]    V = [v ; h_R]
+
+    pass 1, abstract:   q_R, k_R are the pools over the unmasked positions below R
+    pass 2, summarize:  h_R   = sum_m p(m | R) V[m],   p(m | R) = softmax over members m   of scale * q_R . K[m]
+    pass 3, attend:     out_i = sum_t p_it V[t],       p_it     = softmax over the parts t of scale * q_i . K[t]
+
+A member or a part is a row of the table: a position or, where a partition is a tree, a region. Each pass has its
+backward beside it, in the same words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .patterns import Dense, Fixed, LogSparse, Sparse
+
+Lists = list[list[int]]
+
+
+class Gradients(NamedTuple):
+    """Gradients of one scalar, shaped as the inputs; the last two None unless given."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    region_query: np.ndarray | None
+    region_key: np.ndarray | None
+
+
+class AttendGradients(NamedTuple):
+    """Gradients of one scalar through stage 2 alone, shaped as the inputs."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    region_key: np.ndarray
+    region_value: np.ndarray
+
+
+class Summary(NamedTuple):
+    """Stage 1: k_R `[..., Hk or Hq, R, D]`, h_R `[..., Hq, R, Dv]` and the log normaliser of p(. | R) `[..., Hq, R]`."""
+
+    key: np.ndarray
+    value: np.ndarray
+    lse: np.ndarray
+
+
+# Factorizations: the parts of every query's support
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A factorization of L positions, spelled out (section 3.1).
+
+    direct[i] are the positions in O_i^0, regions[i] the regions of query i; members[r] are the rows below region r:
+    positions, or L + r' for an earlier region r'. A row listed twice counts twice. `pick[r]`, where given, are the
+    positions whose q and k the region takes for its own, most wanted first: the first unmasked one is taken, and
+    nothing is pooled. `weighted` replaces k_R by sum_m p(m | R) K[m].
+    """
+
+    direct: Lists
+    regions: Lists
+    members: Lists
+    pooling: str = "max"
+    size_bias: bool = False
+    pick: Lists | None = None
+    weighted: bool = False
+
+
+def parts(pattern: Dense | Fixed | LogSparse | Sparse | Parts, length: int, is_causal: bool = False) -> Parts:
+    """The parts of `pattern` for L = `length` positions, by brute force. O(L^2)."""
+    if isinstance(pattern, Parts):
+        return pattern
+    if isinstance(pattern, Sparse):
+        return _sparse_parts(pattern.pattern, length, is_causal)
+    L = length
+
+    def support(i: int) -> range:
+        return range(i + 1 if is_causal else L)
+
+    def earlier_or_other(t: int, own: int) -> bool:
+        return t < own or (not is_causal and t > own)
+
+    match pattern:
+        case Dense():
+            direct, regions, members = [list(support(i)) for i in range(L)], [[] for i in range(L)], []
+        case Fixed():
+            s = square_root(L) if pattern.span is None else pattern.span
+            spans = range(-(-L // s))
+            direct = [[j for j in support(i) if j // s == i // s] for i in range(L)]
+            regions = [[t for t in spans if earlier_or_other(t, i // s)] for i in range(L)]
+            members = [[j for j in range(L) if j // s == t] for t in spans]
+        case LogSparse():
+            # Block n of a level holds the positions j with j >> level == n. Regions: level by level, left to right.
+            levels = [level for level in range(1, L.bit_length() + 1) if 1 << level < L]
+            blocks = [(level, n) for level in levels for n in range(((L - 1) >> level) + 1)]
+            number = {block: r for r, block in enumerate(blocks)}
+            direct = [[j for j in support(i) if j in (i, i ^ 1)] for i in range(L)]
+            regions = [
+                [
+                    number[level, sibling]
+                    for level in levels
+                    if (level, sibling := (i >> level) ^ 1) in number and earlier_or_other(sibling, i >> level)
+                ]
+                for i in range(L)
+            ]
+            members = [
+                [L + number[level - 1, half] for half in (2 * n, 2 * n + 1) if (level - 1, half) in number]
+                if pattern.hierarchical and level >= 2
+                else [j for j in range(L) if j >> level == n]
+                for level, n in blocks
+            ]
+        case _:
+            raise TypeError(f"pattern must be a factorization or Parts, got {type(pattern).__name__}")
+    return Parts(direct, regions, members, pattern.pooling, pattern.size_bias)
+
+
+def _sparse_parts(pattern: Dense | Fixed | LogSparse, length: int, is_causal: bool = False) -> Parts:
+    """The parts of the sparse baseline of `pattern`: direct positions only, and what they leave out is left out."""
+    L = length
+    match pattern:
+        case Dense():
+
+            def sees(i: int, j: int) -> bool:
+                return True
+        case Fixed():
+            s = square_root(L) if pattern.span is None else pattern.span
+
+            def sees(i: int, j: int) -> bool:
+                return i // s == j // s or j % s == s - 1
+        case LogSparse():
+
+            def sees(i: int, j: int) -> bool:
+                level = (i ^ j).bit_length() - 1  # j lies in the sibling block of i at this level, or is i
+                return i == j or j == (j | (1 << level) - 1 if j < i else j >> level << level)
+        case _:
+            raise TypeError(f"pattern must be a factorization, got {type(pattern).__name__}")
+    direct = [[j for j in range(i + 1 if is_causal else L) if sees(i, j)] for i in range(L)]
+    return Parts(direct, [[] for _ in range(L)], [], pattern.pooling, pattern.size_bias)
+
+
+def square_root(length: int) -> int:
+    """The span of `Fixed(None)`: the power of two nearest sqrt(L)."""
+    return 1 << (length.bit_length() // 2)
+
+
+# One query head
+
+
+class _Head:
+    """The table of one query head, and the three passes over it."""
+
+    def __init__(self, parts: Parts, q: np.ndarray, k: np.ndarray, v: np.ndarray, live: np.ndarray, scale: float):
+        L, R = len(q), len(parts.members)
+        self.parts, self.L, self.R, self.scale = parts, L, R, scale
+        self.Q = np.concatenate([q, np.zeros((R, q.shape[1]))])
+        self.K = np.concatenate([k, np.zeros((R, k.shape[1]))])
+        self.V = np.concatenate([v, np.zeros((R, v.shape[1]))])
+
+        # The unmasked positions below each row, ascending; a row without any has left every softmax.
+        self.below: Lists = [[j] if live[j] else [] for j in range(L)]
+        for rows in parts.members:
+            self.below.append(sorted(j for m in rows for j in self.below[m]))
+        self.count = np.array([len(positions) for positions in self.below], dtype=np.int64)
+        self.bias = np.log(np.maximum(self.count, 1)) * parts.size_bias
+
+        # Regions that some query attends, itself or through a parent; no other is summarised.
+        self.attended = np.zeros(L + R, dtype=bool)
+        self.attended[[L + r for regions in parts.regions for r in regions]] = True
+        for r in reversed(range(R)):
+            if self.attended[L + r]:
+                self.attended[parts.members[r]] = True
+        self.summarised = [L + r for r in range(R) if self.attended[L + r] and self.count[L + r]]
+
+        self.rows: Lists = [[] for _ in range(L + R)]  # what each row's softmax runs over
+        self.p = [np.zeros(0) for _ in range(L + R)]  # and its probabilities
+        self.out = np.zeros((L, v.shape[1]))
+        self.lse = np.full(L + R, -np.inf)
+
+    # pass 1: abstractions q_R, k_R (section 3.2, max pooling; mean and sum are ours)
+
+    def abstract(self, region_query: np.ndarray | None, region_key: np.ndarray | None) -> None:
+        for r in self.summarised:
+            self.Q[r] = self.pool(self.Q, r) if region_query is None else region_query[r - self.L]
+            self.K[r] = self.pool(self.K, r) if region_key is None else region_key[r - self.L]
+
+    def pool(self, X: np.ndarray, r: int) -> np.ndarray:
+        if self.parts.pick is not None:
+            return X[self.picked(r)]
+        return getattr(X[self.below[r]], self.parts.pooling)(axis=0)
+
+    def picked(self, r: int) -> int:
+        return next(j for j in self.parts.pick[r - self.L] if self.count[j])
+
+    def abstract_backward(self, region_query: bool, region_key: bool) -> None:
+        for r in self.summarised:
+            if not region_query:
+                self.pool_backward(self.Q, self.dQ, r)
+            if not (region_key or self.parts.weighted):
+                self.pool_backward(self.K, self.dK, r)
+
+    def pool_backward(self, X: np.ndarray, dX: np.ndarray, r: int) -> None:
+        positions, features = np.array(self.below[r]), np.arange(X.shape[1])
+        if self.parts.pick is not None:
+            dX[self.picked(r)] += dX[r]
+        elif self.parts.pooling == "max":  # argmax is the first of equals: the lowest position
+            dX[positions[X[positions].argmax(axis=0)], features] += dX[r]
+        elif self.parts.pooling == "mean":
+            np.add.at(dX, positions, dX[r] / len(positions))
+        else:
+            np.add.at(dX, positions, dX[r])
+
+    # pass 2: local expectations h_R (eq 7)
+
+    def summarize(self, region_key: bool) -> None:
+        for r in self.summarised:
+            self.softmax(r, self.parts.members[r - self.L])
+            self.V[r] = self.p[r] @ self.V[self.rows[r]]
+            if self.parts.weighted and not region_key:
+                self.K[r] = self.p[r] @ self.K[self.rows[r]]
+
+    def summarize_backward(self, region_key: bool) -> None:
+        for r in reversed(self.summarised):
+            dp = self.V[self.rows[r]] @ self.dV[r]
+            np.add.at(self.dV, self.rows[r], np.outer(self.p[r], self.dV[r]))
+            if self.parts.weighted and not region_key:
+                dp += self.K[self.rows[r]] @ self.dK[r]
+                np.add.at(self.dK, self.rows[r], np.outer(self.p[r], self.dK[r]))
+            self.softmax_backward(r, dp, 0.0)
+
+    # pass 3: one softmax over direct positions and regions (eq 9), and the expectation under it (eq 7)
+
+    def attend(self) -> None:
+        for i in range(self.L):
+            if self.softmax(i, self.parts.direct[i] + [self.L + r for r in self.parts.regions[i]]):
+                self.out[i] = self.p[i] @ self.V[self.rows[i]]
+
+    def attend_backward(self, grad_out: np.ndarray, grad_lse: np.ndarray) -> None:
+        for i in range(self.L):
+            if self.rows[i]:
+                dp = self.V[self.rows[i]] @ grad_out[i]
+                np.add.at(self.dV, self.rows[i], np.outer(self.p[i], grad_out[i]))
+                self.softmax_backward(i, dp, grad_lse[i])
+
+    # the softmax of one row x over others: s_t = scale * Q[x] . K[t] + bias_t, p = exp(s - lse)
+
+    def softmax(self, x: int, rows: Sequence[int]) -> bool:
+        self.rows[x] = rows = [t for t in rows if self.count[t]]
+        if rows:
+            s = self.scale * (self.K[rows] @ self.Q[x]) + self.bias[rows]
+            e = np.exp(s - s.max())
+            self.p[x] = e / e.sum()
+            self.lse[x] = s.max() + np.log(e.sum())
+        return bool(rows)
+
+    def softmax_backward(self, x: int, dp: np.ndarray, dlse: float) -> None:
+        ds = self.p[x] * (dp - self.p[x] @ dp + dlse)
+        self.dQ[x] += self.scale * (ds @ self.K[self.rows[x]])
+        np.add.at(self.dK, self.rows[x], self.scale * np.outer(ds, self.Q[x]))
+
+    def zero_gradients(self) -> None:
+        self.dQ, self.dK, self.dV = np.zeros_like(self.Q), np.zeros_like(self.K), np.zeros_like(self.V)
+
+    def weights(self) -> np.ndarray:
+        """The effective attention (eq 8): p(j | i), the product of probabilities down every path from i to j, summed."""
+        W = np.eye(self.L + self.R, self.L)
+        for r in self.summarised:
+            W[r] = self.p[r] @ W[self.rows[r]]
+        return np.array([self.p[i] @ W[self.rows[i]] for i in range(self.L)]).reshape(self.L, self.L)
+
+
+# All heads
+
+
+class _Heads:
+    """The leading axes flattened to [B, H], and a `_Head` for each query head; it reads key head h // (Hq / Hk)."""
+
+    def __init__(self, query, key, value, pattern, is_causal, scale, key_mask):
+        q, k, v = _flat(query), _flat(key), _flat(value)
+        self.leading = np.shape(query)[:-2]
+        self.B, self.Hq, self.L, self.D = q.shape
+        self.Hk, self.Dv = k.shape[1], v.shape[3]
+        scale = 1 / np.sqrt(self.D) if scale is None else scale
+        live = np.ones((self.B, self.L), bool) if key_mask is None else np.reshape(key_mask, (self.B, self.L))
+        self.parts = parts(pattern, self.L, is_causal)
+        self.R = len(self.parts.members)
+        self.heads = {
+            (b, h): _Head(self.parts, q[b, h], self.read(k, b, h), self.read(v, b, h), live[b], scale)
+            for b in range(self.B)
+            for h in range(self.Hq)
+        }
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], _Head]]:
+        return iter(self.heads.items())
+
+    def read(self, x: np.ndarray | None, b: int, h: int) -> np.ndarray | None:
+        """What query head h of batch entry b reads of an array with Hq or Hk heads; None where it is absent."""
+        return None if x is None else _flat(x)[b, h * _flat(x).shape[1] // self.Hq]
+
+    def write(self, heads: int, tail: tuple[int, ...], get: Callable[[_Head], np.ndarray], add=True) -> np.ndarray:
+        """An array [..., heads, *tail] of get(head), added up over the query heads that share one of its heads."""
+        x = np.zeros((self.B, heads, *tail))
+        for (b, h), head in self:
+            x[b, h * heads // self.Hq] = get(head) + (x[b, h * heads // self.Hq] if add else 0.0)
+        return x.reshape((*self.leading[:-1], heads, *tail) if self.leading else tail)
+
+    def backward(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The gradients of query, key and value, once every head has run its passes backward."""
+        return (
+            self.write(self.Hq, (self.L, self.D), lambda head: head.dQ[: self.L]),
+            self.write(self.Hk, (self.L, self.D), lambda head: head.dK[: self.L]),
+            self.write(self.Hk, (self.L, self.Dv), lambda head: head.dV[: self.L]),
+        )
+
+    def region_backward(self, given: np.ndarray | None, table: str) -> np.ndarray | None:
+        """The gradient of rows L .. L+R-1 of a table that were given, None where they were not."""
+        if given is None:
+            return None
+        return self.write(_flat(given).shape[1], _flat(given).shape[2:], lambda head: getattr(head, table)[self.L :])
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    """[..., H, L, D] or [L, D] as float64 [B, H, L, D]."""
+    x = np.asarray(x, np.float64)
+    return x.reshape(math.prod(x.shape[:-3]), *(x.shape[-3:] if x.ndim > 2 else (1, *x.shape)))
+
+
+def attention(query, key, value, pattern, *, return_lse=False, **options):
+    """Both stages: out `[..., Hq, L, Dv]`, or (out, lse) with lse `[..., Hq, L]`. Options as in `attention_forward`."""
+    out, saved = attention_forward(query, key, value, pattern, **options)
+    return (out, saved["lse"]) if return_lse else out
+
+
+def attention_forward(
+    query, key, value, pattern, *, is_causal=False, scale=None, key_mask=None, region_query=None, region_key=None
+):
+    """out and what `attention_backward` needs."""
+    heads = _Heads(query, key, value, pattern, is_causal, scale, key_mask)
+    for at, head in heads:
+        head.abstract(heads.read(region_query, *at), heads.read(region_key, *at))
+        head.summarize(region_key is not None)
+        head.attend()
+    out = heads.write(heads.Hq, (heads.L, heads.Dv), lambda head: head.out)
+    lse = heads.write(heads.Hq, (heads.L,), lambda head: head.lse[: heads.L])
+    return out, {"heads": heads, "out": out, "lse": lse, "region_query": region_query, "region_key": region_key}
+
+
+def attention_backward(grad_out, saved, *, grad_lse=None) -> Gradients:
+    """The exact derivatives of sum(out * grad_out) + sum(lse * grad_lse)."""
+    heads, region_query, region_key = saved["heads"], saved["region_query"], saved["region_key"]
+    for at, head in heads:
+        head.zero_gradients()
+        head.attend_backward(heads.read(grad_out, *at), _lse_rows(heads, grad_lse, *at))
+        head.summarize_backward(region_key is not None)
+        head.abstract_backward(region_query is not None, region_key is not None)
+    return Gradients(
+        *heads.backward(), heads.region_backward(region_query, "dQ"), heads.region_backward(region_key, "dK")
+    )
+
+
+def _lse_rows(heads: _Heads, grad_lse: np.ndarray | None, b: int, h: int) -> np.ndarray:
+    return np.zeros(heads.L) if grad_lse is None else heads.read(np.asarray(grad_lse)[..., None], b, h)[:, 0]
+
+
+def summarize(query, key, value, pattern, **options) -> Summary:
+    """Stage 1. Rows of regions that no query attends, or with every member masked, are zero (lse -inf)."""
+    return summarize_forward(query, key, value, pattern, **options)[0]
+
+
+def summarize_forward(
+    query, key, value, pattern, *, is_causal=False, scale=None, key_mask=None, region_query=None, region_key=None
+):
+    """The summary and what `summarize_backward` needs."""
+    heads = _Heads(query, key, value, pattern, is_causal, scale, key_mask)
+    for at, head in heads:
+        head.abstract(heads.read(region_query, *at), heads.read(region_key, *at))
+        head.summarize(region_key is not None)
+    if region_key is not None:
+        key_heads = _flat(region_key).shape[1]
+    else:
+        key_heads = heads.Hq if heads.parts.weighted else heads.Hk
+    summary = Summary(
+        heads.write(key_heads, (heads.R, heads.D), lambda head: head.K[heads.L :], add=False),
+        heads.write(heads.Hq, (heads.R, heads.Dv), lambda head: head.V[heads.L :]),
+        heads.write(heads.Hq, (heads.R,), lambda head: head.lse[heads.L :]),
+    )
+    return summary, {"heads": heads, "region_query": region_query, "region_key": region_key}
+
+
+def summarize_backward(grad_summary_key, grad_summary_value, saved) -> Gradients:
+    """The exact derivatives of sum(key * grad_summary_key) + sum(value * grad_summary_value); either may be None."""
+    heads, region_query, region_key = saved["heads"], saved["region_query"], saved["region_key"]
+    share = 1 if grad_summary_key is None else heads.Hq // _flat(grad_summary_key).shape[1]
+    for at, head in heads:
+        head.zero_gradients()
+        used = head.summarised
+        if grad_summary_key is not None and at[1] % share == 0:  # one k_R of a group: its gradient enters once
+            head.dK[used] = heads.read(grad_summary_key, *at)[np.array(used, int) - heads.L]
+        if grad_summary_value is not None:
+            head.dV[used] = heads.read(grad_summary_value, *at)[np.array(used, int) - heads.L]
+        head.summarize_backward(region_key is not None)
+        head.abstract_backward(region_query is not None, region_key is not None)
+    return Gradients(
+        *heads.backward(), heads.region_backward(region_query, "dQ"), heads.region_backward(region_key, "dK")
+    )
+
+
+def attend(query, key, value, region_key, region_value, pattern, *, return_lse=False, **options):
+    """Stage 2, from the k_R and h_R given: out, or (out, lse). Options as in `attend_forward`."""
+    out, saved = attend_forward(query, key, value, region_key, region_value, pattern, **options)
+    return (out, saved["lse"]) if return_lse else out
+
+
+def attend_forward(query, key, value, region_key, region_value, pattern, *, is_causal=False, scale=None, key_mask=None):
+    """out and what `attend_backward` needs."""
+    heads = _Heads(query, key, value, pattern, is_causal, scale, key_mask)
+    for at, head in heads:
+        head.K[heads.L :], head.V[heads.L :] = heads.read(region_key, *at), heads.read(region_value, *at)
+        head.attend()
+    out = heads.write(heads.Hq, (heads.L, heads.Dv), lambda head: head.out)
+    lse = heads.write(heads.Hq, (heads.L,), lambda head: head.lse[: heads.L])
+    return out, {"heads": heads, "out": out, "lse": lse, "region_key": region_key, "region_value": region_value}
+
+
+def attend_backward(grad_out, saved, *, grad_lse=None) -> AttendGradients:
+    """The exact derivatives of sum(out * grad_out) + sum(lse * grad_lse) through stage 2."""
+    heads = saved["heads"]
+    for at, head in heads:
+        head.zero_gradients()
+        head.attend_backward(heads.read(grad_out, *at), _lse_rows(heads, grad_lse, *at))
+    return AttendGradients(
+        *heads.backward(),
+        heads.region_backward(saved["region_key"], "dK"),
+        heads.region_backward(saved["region_value"], "dV"),
+    )
+
+
+def merge(out_a, lse_a, out_b, lse_b):
+    """(out, lse) of one softmax over the parts of a and the parts of b."""
+    out_a, lse_a, out_b, lse_b = (np.asarray(x, np.float64) for x in (out_a, lse_a, out_b, lse_b))
+    lse = np.logaddexp(lse_a, lse_b)
+    with np.errstate(invalid="ignore"):  # -inf - -inf: neither side attends to anything
+        a, b = (np.where(x == -np.inf, 0.0, np.exp(x - lse)) for x in (lse_a, lse_b))
+    return a[..., None] * out_a + b[..., None] * out_b, lse
+
+
+def attention_weights(query, key, pattern, **options):
+    """The effective attention W `[..., Hq, L, L]` (eq 8): rows sum to 1, or to 0 with nothing to attend to."""
+    heads = attention_forward(query, key, np.zeros((*np.shape(key)[:-1], 0)), pattern, **options)[1]["heads"]
+    return heads.write(heads.Hq, (heads.L, heads.L), lambda head: head.weights())

@@ -1,0 +1,346 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Every kernel of every instruction set that the machine has, in float and double: against its definition in the
+ * next wider type, within what rounding explains; to the bit among the instruction sets with fused multiply-add;
+ * and within its arrays, each of which ends at a page that cannot be touched or at a canary.
+ *
+ *   --exhaustive    2^x of every float, not of every 64th
+ *   --bench         the time of each kernel instead, beside a bare loop of multiply-adds
+ */
+#define _GNU_SOURCE
+#include "kernels.h"
+#include "testlib.h"
+
+#include <float.h>
+#include <math.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+static const struct {
+    const char *name;
+    bool fused; /* multiply-add rounds once */
+    const cmb_kernels_f32 *f32;
+    const cmb_kernels_f64 *f64;
+} isas[] = {
+#if defined(__x86_64__)
+    {"base", false, &cmb_kernels_base_f32, &cmb_kernels_base_f64},
+    {"avx2", true, &cmb_kernels_avx2_f32, &cmb_kernels_avx2_f64},
+    {"avx512", true, &cmb_kernels_avx512_f32, &cmb_kernels_avx512_f64},
+#elif defined(__aarch64__)
+    {"base", true, &cmb_kernels_base_f32, &cmb_kernels_base_f64},
+    {"neon", true, &cmb_kernels_neon_f32, &cmb_kernels_neon_f64},
+#else
+    {"base", false, &cmb_kernels_base_f32, &cmb_kernels_base_f64},
+#endif
+};
+
+static char context[200]; /* the case at hand, for whoever reads the failure */
+
+#define CASE(...) snprintf(context, sizeof context, __VA_ARGS__)
+
+static void on_fault(int signal_number) {
+    (void)signal_number;
+    static const char text[] = "touched what is not its own: ";
+    if (write(STDERR_FILENO, text, sizeof text - 1) < 0 || write(STDERR_FILENO, context, strlen(context)) < 0 ||
+        write(STDERR_FILENO, "\n", 1) < 0)
+        _Exit(2);
+    _Exit(1);
+}
+
+/* ---- random numbers ----------------------------------------------------------------------------- */
+
+static uint64_t random_state = 1;
+
+static uint64_t random_bits(void) { /* splitmix64 */
+    uint64_t x = random_state += UINT64_C(0x9e3779b97f4a7c15);
+    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+    return x ^ x >> 31;
+}
+
+static int random_below(int n) { return (int)(random_bits() % (uint64_t)n); }
+
+static double uniform(double from, double to) { return from + (to - from) * ((double)(random_bits() >> 11) * 0x1p-53); }
+
+/* ---- fenced memory ------------------------------------------------------------------------------ */
+
+enum { SLOTS = 320, SLOT_BYTES = 64 << 10, CANARY_BYTES = 64, CANARY = 0xff }; /* a canary read as a number is NaN */
+
+static struct {
+    char *base;
+    size_t stride;
+    int used;
+    struct {
+        char *begin, *end;
+    } array[SLOTS];
+} fence;
+
+static void raise_fence(void) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    fence.stride = SLOT_BYTES + page;
+    fence.base = mmap(NULL, SLOTS * fence.stride, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(fence.base != MAP_FAILED);
+    for (int i = 0; i < SLOTS; i++)
+        CHECK(mprotect(fence.base + (size_t)i * fence.stride + SLOT_BYTES, page, PROT_NONE) == 0);
+}
+
+/* An array full of canaries, between canaries. Mostly it ends at the forbidden page; else a few elements before
+ * it, for the sake of other alignments. */
+static void *take(int64_t count, size_t size) {
+    CHECK(fence.used < SLOTS);
+    char *stop = fence.base + (size_t)fence.used * fence.stride + SLOT_BYTES;
+    const size_t bytes = (size_t)count * size, after = random_below(4) ? 0 : size * (size_t)(1 + random_below(7));
+    CHECK(bytes + after + CANARY_BYTES <= SLOT_BYTES);
+    char *begin = stop - after - bytes;
+    memset(begin - CANARY_BYTES, CANARY, CANARY_BYTES + bytes + after);
+    fence.array[fence.used].begin = begin;
+    fence.array[fence.used++].end = begin + bytes;
+    return begin;
+}
+
+static void check_fence(void) {
+    for (int i = 0; i < fence.used; i++) {
+        const char *begin = fence.array[i].begin, *end = fence.array[i].end;
+        const char *stop = fence.base + (size_t)i * fence.stride + SLOT_BYTES;
+        for (const char *c = begin - CANARY_BYTES; c < begin; c++)
+            CHECK(*c == (char)CANARY, "wrote before an array: %s", context);
+        for (const char *c = end; c < stop; c++)
+            CHECK(*c == (char)CANARY, "wrote after an array: %s", context);
+    }
+    fence.used = 0;
+}
+
+/* ---- the same bits ------------------------------------------------------------------------------ */
+
+static uint64_t digest; /* of what the instruction set at hand made of the case */
+
+static void check_digest(int isa) {
+    static uint64_t expected;
+    static bool known;
+    if (isa == 0)
+        known = false;
+    if (isas[isa].fused) {
+        CHECK(!known || digest == expected, "%s: other bits than the set before: %s", isas[isa].name, context);
+        expected = digest;
+        known = true;
+    }
+    digest = 0;
+}
+
+static void add_to_digest(uint64_t word) { digest = (digest ^ word) * UINT64_C(0x100000001b3) + 1; }
+
+/* ---- options ------------------------------------------------------------------------------------ */
+
+static bool exhaustive;
+
+static double seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+#define PASTE2(a, b) a##_##b
+#define NAME2(a, b) PASTE2(a, b)
+
+#define REAL float
+#define SUFFIX f32
+#define WIDE double
+#define REAL_BITS uint32_t
+#define REAL_EPSILON ((double)FLT_EPSILON)
+#define REAL_LEAST ((double)FLT_MIN) /* smaller results may be 0 */
+#define REAL_MOST FLT_MAX
+#define DEEPEST 127.0 /* 2^-127 and less is 0 */
+#define WIDE_EXP2 exp2
+#define WIDE_ABS fabs
+#include "test_kernels.inc.h"
+
+#undef REAL
+#undef SUFFIX
+#undef WIDE
+#undef REAL_BITS
+#undef REAL_EPSILON
+#undef REAL_LEAST
+#undef REAL_MOST
+#undef DEEPEST
+#undef WIDE_EXP2
+#undef WIDE_ABS
+#define REAL double
+#define SUFFIX f64
+#define WIDE long double
+#define REAL_BITS uint64_t
+#define REAL_EPSILON ((long double)DBL_EPSILON)
+#define REAL_LEAST ((long double)DBL_MIN)
+#define REAL_MOST DBL_MAX
+#define DEEPEST 1023.0
+#define WIDE_EXP2 exp2l
+#define WIDE_ABS fabsl
+#include "test_kernels.inc.h"
+
+/* ---- the accuracy of 2^x ------------------------------------------------------------------------ */
+
+static float float_of(uint32_t word) {
+    float x;
+    memcpy(&x, &word, sizeof x);
+    return x;
+}
+
+/* Every `step`-th float from `first` on, in order of bits, up to and including `last`. Below 2^-26 from 0 the result
+ * is 1; from -126.5 down it may be 0 already. */
+static void check_exp2_floats(float first, float last, uint32_t step, double *worst) {
+    enum { BATCH = 1024 };
+    uint32_t word, end;
+    float x[BATCH], y[BATCH];
+    double right[BATCH];
+    memcpy(&word, &first, sizeof word);
+    memcpy(&end, &last, sizeof end);
+    for (uint64_t at = word; at <= end;) {
+        int n = 0;
+        for (; n < BATCH && at <= end; n++, at += step) {
+            x[n] = float_of((uint32_t)at);
+            right[n] = fabsf(x[n]) < 0x1p-26f ? 1 : exp2((double)x[n]);
+        }
+        for (int isa = 0; isa < cmb_isa_count(); isa++) {
+            isas[isa].f32->exp2(n, x, y);
+            for (int i = 0; i < n; i++) {
+                const double unit = right[i] < 0x1p-126 ? 0x1p-149 : ldexp(1, ilogb(right[i]) - 23);
+                const double error = fabs((double)y[i] - right[i]) / unit;
+                if (x[i] <= -126.5f && y[i] == 0)
+                    continue;
+                CHECK(fabsf(x[i]) >= 0x1p-26f || y[i] == 1, "%s: 2^%a is %a", isas[isa].name, (double)x[i],
+                      (double)y[i]);
+                worst[isa] = error > worst[isa] ? error : worst[isa];
+            }
+        }
+    }
+}
+
+static void exp2_of_floats(void) {
+    double worst[sizeof isas / sizeof *isas] = {0};
+    const uint32_t step = exhaustive ? 1 : 64;
+    check_exp2_floats(-0.0f, -127.0f, step, worst);
+    check_exp2_floats(0.0f, 1.0f, step, worst);
+    for (int isa = 0; isa < cmb_isa_count(); isa++) {
+        printf("  %s: %.3f ulp\n", isas[isa].name, worst[isa]);
+        CHECK(worst[isa] <= 0.85, "%s: %.3f ulp", isas[isa].name, worst[isa]);
+    }
+}
+
+static void exp2_of_doubles(void) {
+    enum { COUNT = 20000 };
+    static double x[COUNT], y[COUNT];
+    static long double right[COUNT];
+    /* valgrind computes long double in double: then the definition may be half a unit off itself */
+    const volatile long double one = 1;
+    const long double bound = one + LDBL_EPSILON > one && LDBL_EPSILON < DBL_EPSILON ? 1.0L : 1.6L;
+    for (int i = 0; i < COUNT; i++) {
+        x[i] = i % 4 == 0 ? uniform(-1022, 1) : i % 4 == 1 ? uniform(-2, 1) : i % 4 == 2 ? uniform(-60, 0)
+                                                              : ldexp(uniform(-1, 1), -random_below(60));
+        right[i] = exp2l(x[i]);
+    }
+    for (int isa = 0; isa < cmb_isa_count(); isa++) {
+        long double worst = 0;
+        isas[isa].f64->exp2(COUNT, x, y);
+        for (int i = 0; i < COUNT; i++) {
+            const long double error = fabsl(y[i] - right[i]) / ldexpl(1, ilogbl(right[i]) - 52);
+            worst = error > worst ? error : worst;
+        }
+        printf("  %s: %.3Lf ulp\n", isas[isa].name, worst);
+        CHECK(worst < bound, "%s: %.3Lf ulp", isas[isa].name, worst);
+    }
+}
+
+/* ---- timing ------------------------------------------------------------------------------------- */
+
+/* What no kernel can pass: twelve sums, each multiply-add waiting only for its own last. */
+#define MULTIPLY_ADD_LOOP(name, target, real, bytes)                                                                   \
+    target static __attribute__((noinline)) double name(int64_t rounds, real factor) {                                 \
+        typedef real vec __attribute__((vector_size(bytes)));                                                          \
+        const vec f = (vec){0} + factor;                                                                               \
+        vec a = f, b = f, c = f, d = f, e = f, g = f, h = f, i = f, j = f, k = f, l = f, m = f;                        \
+        for (int64_t n = 0; n < rounds; n++) {                                                                         \
+            a = a * f + f, b = b * f + f, c = c * f + f, d = d * f + f, e = e * f + f, g = g * f + f;                  \
+            h = h * f + f, i = i * f + f, j = j * f + f, k = k * f + f, l = l * f + f, m = m * f + f;                  \
+            __asm__ volatile("" ::: "memory");                                                                         \
+        }                                                                                                              \
+        a += b + c + d + e + g + h + i + j + k + l + m;                                                                \
+        return (double)a[0];                                                                                           \
+    }
+MULTIPLY_ADD_LOOP(loop_base_f32, , float, 16)
+MULTIPLY_ADD_LOOP(loop_base_f64, , double, 16)
+#if defined(__x86_64__)
+MULTIPLY_ADD_LOOP(loop_avx2_f32, __attribute__((target("avx2,fma"))), float, 32)
+MULTIPLY_ADD_LOOP(loop_avx2_f64, __attribute__((target("avx2,fma"))), double, 32)
+MULTIPLY_ADD_LOOP(loop_avx512_f32, __attribute__((target("avx512f,fma"))), float, 64)
+MULTIPLY_ADD_LOOP(loop_avx512_f64, __attribute__((target("avx512f,fma"))), double, 64)
+#endif
+
+static double limit_gflops(const char *isa, bool is_double) {
+    static volatile double sink;
+    const int64_t rounds = 1000000;
+    double best = 1e9, lanes = is_double ? 2 : 4;
+    for (int trial = 0; trial < 5; trial++) {
+        const double start = seconds();
+#if defined(__x86_64__)
+        if (strcmp(isa, "avx512") == 0) {
+            lanes = is_double ? 8 : 16;
+            sink = is_double ? loop_avx512_f64(rounds, 0.5) : loop_avx512_f32(rounds, 0.5f);
+        } else if (strcmp(isa, "avx2") == 0) {
+            lanes = is_double ? 4 : 8;
+            sink = is_double ? loop_avx2_f64(rounds, 0.5) : loop_avx2_f32(rounds, 0.5f);
+        } else
+#endif
+            sink = is_double ? loop_base_f64(rounds, 0.5) : loop_base_f32(rounds, 0.5f);
+        const double took = seconds() - start;
+        best = took < best ? took : best;
+    }
+    (void)isa;
+    (void)sink;
+    return 24 * lanes * (double)rounds / best * 1e-9;
+}
+
+static void bench(void) {
+    for (int is_double = 0; is_double < 2; is_double++)
+        for (int isa = 0; isa < cmb_isa_count(); isa++) {
+            printf("\n%s %s%42s multiply-add loop %8.1f GFLOP/s\n", isas[isa].name, is_double ? "double" : "float", "",
+                   limit_gflops(isas[isa].name, is_double));
+            if (is_double)
+                bench_f64(isas[isa].f64);
+            else
+                bench_f32(isas[isa].f32);
+        }
+}
+
+int main(int argc, char **argv) {
+    const struct sigaction fault = {.sa_handler = on_fault};
+    bool timing = false;
+    int kept = 1;
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--exhaustive") == 0)
+            exhaustive = true;
+        else if (strcmp(argv[i], "--bench") == 0)
+            timing = true;
+        else
+            argv[kept++] = argv[i];
+    }
+    for (int isa = 0; isa < cmb_isa_count(); isa++)
+        CHECK(strcmp(isas[isa].name, cmb_isa_name(isa)) == 0);
+    raise_fence();
+    if (timing) {
+        bench();
+        return 0;
+    }
+    sigaction(SIGSEGV, &fault, NULL);
+    sigaction(SIGBUS, &fault, NULL);
+#define BOTH(function) TEST(function##_f32), TEST(function##_f64)
+    static const test_case tests[] = {
+        BOTH(pack),          BOTH(product),          BOTH(dot),
+        BOTH(softmax),       BOTH(softmax_backward), BOTH(softmax_not_finite),
+        BOTH(row_softmax),   BOTH(row_softmax_backward), BOTH(scale_and_divide),
+        BOTH(finite),        BOTH(max_pool),         BOTH(max_pool_rules),
+        BOTH(max_pool_backward), BOTH(exp2_edges),   TEST(exp2_of_floats),
+        TEST(exp2_of_doubles),
+    };
+    return test_main(kept, argv, tests, sizeof tests / sizeof *tests);
+}

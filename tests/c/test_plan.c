@@ -1,0 +1,899 @@
+// SPDX-License-Identifier: Apache-2.0
+/* Plans against the table of factorizations in the specification, written here a second time without any thought of
+ * tiles; the check against damaged plans; every allocation failing in turn. */
+#include "testlib.h"
+
+/* ---- lists of lists ---- */
+
+typedef struct {
+    int64_t *item;
+    int64_t count, capacity;
+} vector;
+
+static void push(vector *to, int64_t item) {
+    if (to->count == to->capacity) {
+        to->capacity = to->capacity ? 2 * to->capacity : 8;
+        to->item = realloc(to->item, (size_t)to->capacity * sizeof *to->item);
+        CHECK(to->item);
+    }
+    to->item[to->count++] = item;
+}
+
+static vector *make_lists(int64_t count) {
+    vector *lists = calloc((size_t)count + 1, sizeof *lists);
+    CHECK(lists);
+    return lists;
+}
+
+static void free_lists(vector *lists, int64_t count) {
+    for (int64_t n = 0; n < count; n++)
+        free(lists[n].item);
+    free(lists);
+}
+
+static int compare(const void *a, const void *b) {
+    const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static void sort(vector *list) {
+    if (list->count)
+        qsort(list->item, (size_t)list->count, sizeof *list->item, compare);
+}
+
+static bool are_equal(const vector *a, const vector *b) {
+    return a->count == b->count && (!a->count || memcmp(a->item, b->item, (size_t)a->count * sizeof *a->item) == 0);
+}
+
+static uint64_t random_state = 1;
+
+static int64_t random_below(int64_t end) {
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return (int64_t)(random_state % (uint64_t)end);
+}
+
+/* ---- what a plan says ---- */
+
+static int64_t row_at(const cmb_plan *plan, cmb_list list, int64_t n) {
+    return list.step ? list.start + list.step * n : plan->index[list.start + n];
+}
+
+/* Rows that each query row attends, tile after tile in the plan's order. */
+static vector *attended_rows(const cmb_plan *plan) {
+    vector *rows = make_lists(plan->L + plan->R);
+    for (int32_t tile = 0; tile < plan->tiles; tile++) {
+        const cmb_list query = plan->tile[tile].query;
+        for (int32_t n = plan->tile[tile].run; n < plan->tile[tile + 1].run; n++) {
+            const cmb_run *run = plan->run + n;
+            for (int32_t k = 0; k < run->row.count; k++)
+                for (int32_t t = 0; t < query.count; t++)
+                    if (run->mask < 0 || plan->mask[run->mask + k] >> t & 1)
+                        push(&rows[row_at(plan, query, t)], row_at(plan, run->row, k));
+        }
+    }
+    return rows;
+}
+
+/* Positions below each region, in the order in which its pool meets them. */
+static vector *pooled_positions(const cmb_plan *plan) {
+    vector *below = make_lists(plan->R);
+    for (int32_t n = 0; n < plan->pools; n++) {
+        const cmb_pool *pool = plan->pool + n;
+        for (int32_t k = 0; k < pool->child.count; k++) {
+            const int64_t child = row_at(plan, pool->child, k);
+            vector *to = &below[pool->row - plan->L];
+            if (child < plan->L)
+                push(to, child);
+            else
+                for (int64_t m = 0; m < below[child - plan->L].count; m++)
+                    push(to, below[child - plan->L].item[m]);
+        }
+    }
+    return below;
+}
+
+/* ---- what the specification says ---- */
+
+typedef enum { DENSE, FIXED, LOGSPARSE, HIERARCHICAL } kind;
+
+typedef struct {
+    kind kind;
+    int64_t L, span;
+    bool is_causal, is_sparse;
+} factorization;
+
+typedef struct {
+    vector *query;      /* [L] rows, ascending */
+    vector *member;     /* [R] rows, ascending, where the region is summarized */
+    int64_t (*span)[3]; /* [R] first position, end, level */
+    int64_t R;
+} specified;
+
+static void specify_fixed(const factorization *f, specified *s) {
+    const int64_t L = f->L, c = f->span;
+    for (int64_t first = 0; !f->is_sparse && first < L; first += c, s->R++) {
+        s->span[s->R][0] = first;
+        s->span[s->R][1] = first + c < L ? first + c : L;
+    }
+    for (int64_t i = 0; i < L; i++) {
+        for (int64_t j = 0; j < (f->is_causal ? i + 1 : L); j++)
+            if (j / c == i / c || (f->is_sparse && j % c == c - 1))
+                push(&s->query[i], j);
+        for (int64_t t = 0; t < s->R; t++)
+            if (t < i / c || (t > i / c && !f->is_causal))
+                push(&s->query[i], L + t);
+    }
+}
+
+static void specify_logsparse(const factorization *f, specified *s) {
+    const int64_t L = f->L;
+    int64_t base[40] = {0};
+    for (int l = 1; INT64_C(1) << l < L; l++) {
+        base[l] = L + s->R;
+        for (int64_t b = 0; !f->is_sparse && b << l < L; b++, s->R++) {
+            s->span[s->R][0] = b << l;
+            s->span[s->R][1] = (b + 1) << l < L ? (b + 1) << l : L;
+            s->span[s->R][2] = l;
+        }
+    }
+    for (int64_t i = 0; i < L; i++) {
+        push(&s->query[i], i);
+        for (int l = 0; INT64_C(1) << l < L; l++) {
+            const bool is_left = i >> l & 1;
+            const int64_t block = (i >> l) ^ 1;
+            if (block << l >= L || (!is_left && f->is_causal))
+                continue;
+            if (l == 0)
+                push(&s->query[i], i ^ 1);
+            else if (f->is_sparse)
+                push(&s->query[i], is_left ? ((block + 1) << l) - 1 : block << l);
+            else
+                push(&s->query[i], base[l] + block);
+        }
+        sort(&s->query[i]);
+    }
+}
+
+static specified specify(const factorization *f) {
+    const int64_t L = f->L;
+    specified s = {.query = make_lists(L), .member = make_lists(2 * L), .span = calloc((size_t)(2 * L + 1), 24)};
+    if (f->kind == LOGSPARSE || f->kind == HIERARCHICAL)
+        specify_logsparse(f, &s);
+    else
+        specify_fixed(&(factorization){f->kind, L, f->kind == DENSE ? L + 1 : f->span, f->is_causal,
+                                       f->is_sparse || f->kind == DENSE},
+                      &s);
+    bool *needed = calloc((size_t)s.R + 1, 1);
+    CHECK(s.span && needed);
+    for (int64_t i = 0; i < L; i++)
+        for (int64_t n = 0; n < s.query[i].count; n++)
+            if (s.query[i].item[n] >= L)
+                needed[s.query[i].item[n] - L] = true;
+    for (int64_t r = s.R - 1; r >= 0; r--) {
+        const int64_t *span = s.span[r];
+        const bool has_halves = f->kind == HIERARCHICAL && span[2] > 1;
+        for (int64_t j = span[0]; needed[r] && !has_halves && j < span[1]; j++)
+            push(&s.member[r], j);
+        for (int64_t child = 0; needed[r] && has_halves && child < r; child++) {
+            const int64_t *part = s.span[child];
+            if (part[2] == span[2] - 1 && part[0] >= span[0] && part[1] <= span[1])
+                push(&s.member[r], L + child);
+        }
+        for (int64_t n = 0; n < s.member[r].count; n++)
+            if (s.member[r].item[n] >= L)
+                needed[s.member[r].item[n] - L] = true;
+    }
+    free(needed);
+    return s;
+}
+
+static void forget(specified *s, int64_t L) {
+    free_lists(s->query, L);
+    free_lists(s->member, 2 * L);
+    free(s->span);
+}
+
+static cmb_plan *make(const factorization *f) {
+    const cmb_plan_options options = {.is_causal = f->is_causal, .sparse = f->is_sparse};
+    cmb_plan *plan = NULL;
+    cmb_error error = {0};
+    cmb_status status = f->kind == DENSE   ? cmb_plan_dense(f->L, &options, &plan, &error)
+                        : f->kind == FIXED ? cmb_plan_fixed(f->L, f->span, &options, &plan, &error)
+                                           : cmb_plan_logsparse(f->L, f->kind == HIERARCHICAL, &options, &plan, &error);
+    CHECK(status == CMB_OK, "%s", error.message);
+    return plan;
+}
+
+static void check_against_specification(const factorization *f) {
+    cmb_error error = {0};
+    cmb_plan *plan = make(f);
+    specified s = specify(f);
+    vector *rows = attended_rows(plan), *below = pooled_positions(plan);
+    int64_t pairs = 0, summarized = 0;
+    CHECK(cmb_plan_check(plan, &error) == CMB_OK, "%s", error.message);
+    CHECK(plan->R == s.R, "%d regions, not %lld", plan->R, (long long)s.R);
+    for (int64_t i = 0; i < f->L; i++) {
+        sort(&rows[i]);
+        CHECK(are_equal(&rows[i], &s.query[i]), "kind %d L %lld span %lld causal %d sparse %d query %lld", (int)f->kind,
+              (long long)f->L, (long long)f->span, f->is_causal, f->is_sparse, (long long)i);
+        pairs += s.query[i].count;
+    }
+    for (int64_t r = 0; r < s.R; r++) {
+        CHECK(below[r].count == s.span[r][1] - s.span[r][0]);
+        for (int64_t n = 0; n < below[r].count; n++)
+            CHECK(below[r].item[n] == s.span[r][0] + n);
+        CHECK(are_equal(&rows[f->L + r], &s.member[r]), "kind %d L %lld span %lld causal %d region %lld", (int)f->kind,
+              (long long)f->L, (long long)f->span, f->is_causal, (long long)r);
+        summarized += s.member[r].count;
+    }
+    cmb_plan_facts facts;
+    CHECK(cmb_plan_measure(plan, &facts, &error) == CMB_OK, "%s", error.message);
+    CHECK(facts.attend_pairs == pairs && facts.summarize_pairs == summarized);
+    CHECK(facts.computed_pairs >= pairs + summarized);
+    if (!f->is_sparse || f->kind == DENSE)
+        CHECK(facts.is_partition && facts.is_full);
+    else {
+        bool is_whole = true;
+        for (int64_t i = 0; i < f->L; i++)
+            is_whole = is_whole && s.query[i].count == (f->is_causal ? i + 1 : f->L);
+        CHECK(facts.is_partition == is_whole && facts.is_full == is_whole);
+    }
+    free_lists(rows, f->L + s.R);
+    free_lists(below, s.R);
+    forget(&s, f->L);
+    cmb_plan_free(plan);
+}
+
+static void check_length_of_all(int64_t L) {
+    const int64_t span[] = {1, 2, 3, 7, 16, 21, 33, 63, 64, 65, 100, 128, 600, INT64_MAX};
+    for (int is_causal = 0; is_causal < 2; is_causal++)
+        for (int is_sparse = 0; is_sparse < 2; is_sparse++) {
+            factorization f = {.L = L, .is_causal = is_causal, .is_sparse = is_sparse};
+            for (f.kind = DENSE; f.kind <= HIERARCHICAL; f.kind++)
+                for (size_t n = 0; n < sizeof span / sizeof *span; n++) {
+                    f.span = span[n];
+                    if ((f.kind == FIXED && (L < 300 || span[n] > 16)) || n == 0)
+                        check_against_specification(&f);
+                }
+        }
+}
+
+static void test_specification(void) {
+    for (int64_t L = 0; L <= 70; L++)
+        check_length_of_all(L);
+    const int64_t more[] = {127, 128, 129, 1000, 2047, 2048, 2049};
+    for (size_t n = 0; n < sizeof more / sizeof *more; n++)
+        check_length_of_all(more[n]);
+}
+
+static void test_blocks_longer_than_a_chunk(void) {
+    for (int is_causal = 0; is_causal < 2; is_causal++)
+        for (int hierarchical = 0; hierarchical < 2; hierarchical++)
+            check_against_specification(
+                &(factorization){hierarchical ? HIERARCHICAL : LOGSPARSE, 9000, 1, is_causal, false});
+}
+
+static void test_long_plans(void) {
+    const kind kinds[] = {DENSE, FIXED, LOGSPARSE, HIERARCHICAL};
+    for (size_t n = 0; n < sizeof kinds / sizeof *kinds; n++)
+        for (int is_sparse = 0; is_sparse < 2; is_sparse++) {
+            const factorization f = {kinds[n], 65536, 256, true, is_sparse};
+            cmb_plan *plan = make(&f);
+            cmb_error error = {0};
+            CHECK(cmb_plan_check(plan, &error) == CMB_OK, "%s", error.message);
+            /* 1% of query, key, value and out: 8 heads, 64 features, float32 */
+            CHECK(cmb_plan_bytes(plan) < 5368709, "%zu bytes", cmb_plan_bytes(plan));
+            cmb_plan_free(plan);
+        }
+}
+
+/* ---- a causal prefix computes the same ---- */
+
+/* The same number for the same region, whatever the length: its span. */
+static int64_t name_row(const cmb_plan *plan, const vector *below, int64_t row) {
+    const vector *b = row < plan->L ? NULL : &below[row - plan->L];
+    return b ? (b->item[0] + 1) << 32 | b->count : row;
+}
+
+typedef struct {
+    const cmb_plan *plan;
+    vector *below;
+    vector *tiles; /* [L + R] of each query row */
+} prefix_side;
+
+static prefix_side open_side(const cmb_plan *plan) {
+    prefix_side side = {plan, pooled_positions(plan), make_lists(plan->L + plan->R)};
+    for (int32_t n = 0; n < plan->tiles; n++)
+        for (int32_t t = 0; t < plan->tile[n].query.count; t++)
+            push(&side.tiles[row_at(plan, plan->tile[n].query, t)], (int64_t)n << 6 | t);
+    return side;
+}
+
+static void close_side(prefix_side *side) {
+    free_lists(side->below, side->plan->R);
+    free_lists(side->tiles, side->plan->L + side->plan->R);
+}
+
+/* The tile's rows, and which of them its lane t sees. */
+static void list_tile(const prefix_side *side, int64_t tile, int64_t t, vector *rows, vector *seen) {
+    const cmb_plan *plan = side->plan;
+    rows->count = seen->count = 0;
+    for (int32_t n = plan->tile[tile].run; n < plan->tile[tile + 1].run; n++)
+        for (int32_t k = 0; k < plan->run[n].row.count; k++) {
+            push(rows, name_row(plan, side->below, row_at(plan, plan->run[n].row, k)));
+            if (plan->run[n].mask < 0 || plan->mask[plan->run[n].mask + k] >> t & 1)
+                push(seen, rows->item[rows->count - 1]);
+        }
+}
+
+static void check_prefix(const factorization *f, int64_t longer) {
+    factorization g = *f;
+    g.L = longer;
+    cmb_plan *plan[2] = {make(f), make(&g)};
+    prefix_side side[2] = {open_side(plan[0]), open_side(plan[1])};
+    vector rows[2] = {{0}}, seen[2] = {{0}};
+    for (int64_t x = 0; x < f->L + plan[0]->R; x++) {
+        int64_t y = x;
+        if (x >= f->L) /* the same region */
+            for (y = longer; name_row(plan[1], side[1].below, y) != name_row(plan[0], side[0].below, x);)
+                if (++y == longer + plan[1]->R)
+                    break;
+        const vector *tiles = &side[0].tiles[x], *others = &side[1].tiles[y];
+        if (!tiles->count)
+            continue;
+        CHECK(tiles->count == others->count, "query row %lld", (long long)x);
+        for (int64_t n = 0; n < tiles->count; n++) {
+            const int64_t a = tiles->item[n] >> 6, b = others->item[n] >> 6;
+            CHECK((plan[0]->tile[a].width == 1) == (plan[1]->tile[b].width == 1));
+            list_tile(&side[0], a, tiles->item[n] & 63, &rows[0], &seen[0]);
+            list_tile(&side[1], b, others->item[n] & 63, &rows[1], &seen[1]);
+            CHECK(are_equal(&seen[0], &seen[1]), "query row %lld", (long long)x);
+            if (rows[1].count > 96) { /* taken 96 at a time: only the end may differ */
+                CHECK(rows[0].count <= rows[1].count);
+                rows[1].count = rows[0].count;
+                CHECK(are_equal(&rows[0], &rows[1]), "query row %lld", (long long)x);
+            }
+        }
+    }
+    for (int n = 0; n < 2; n++) {
+        free(rows[n].item);
+        free(seen[n].item);
+        close_side(&side[n]);
+        cmb_plan_free(plan[n]);
+    }
+}
+
+static void test_prefixes(void) {
+    const int64_t span[] = {1, 2, 3, 5, 16, 30, 63, 64, 70, 130, 1000};
+    const int64_t length[] = {1, 2, 15, 40, 64, 77, 130, 199, 320};
+    for (size_t n = 0; n < sizeof length / sizeof *length; n++)
+        for (int is_sparse = 0; is_sparse < 2; is_sparse++) {
+            factorization f = {.L = length[n], .is_causal = true, .is_sparse = is_sparse};
+            for (f.kind = DENSE; f.kind <= HIERARCHICAL; f.kind++)
+                for (size_t m = 0; m < sizeof span / sizeof *span; m++) {
+                    f.span = span[m];
+                    if (f.kind == FIXED || m == 0) {
+                        check_prefix(&f, f.L + 1);
+                        check_prefix(&f, 333);
+                    }
+                }
+        }
+    for (kind k = LOGSPARSE; k <= HIERARCHICAL; k++) {
+        check_prefix(&(factorization){k, 4090, 1, true, false}, 4097);
+        check_prefix(&(factorization){k, 2100, 1, true, false}, 4200);
+    }
+}
+
+/* ---- a user's own parts ---- */
+
+typedef struct {
+    int64_t L, R;
+    vector *direct, *regions, *members;
+} random_parts;
+
+static cmb_lists flatten(const vector *lists, int64_t count, vector *offset, vector *item) {
+    offset->count = item->count = 0;
+    push(offset, 0);
+    for (int64_t n = 0; n < count; n++) {
+        for (int64_t k = 0; k < lists[n].count; k++)
+            push(item, lists[n].item[k]);
+        push(offset, item->count);
+    }
+    return (cmb_lists){count, offset->item, item->item};
+}
+
+static cmb_status build_parts(const random_parts *p, const cmb_plan_options *options, cmb_plan **plan,
+                              cmb_error *error) {
+    vector offset[3] = {{0}}, item[3] = {{0}};
+    const cmb_lists direct = flatten(p->direct, p->L, &offset[0], &item[0]);
+    const cmb_lists regions = flatten(p->regions, p->L, &offset[1], &item[1]);
+    const cmb_lists members = flatten(p->members, p->R, &offset[2], &item[2]);
+    const cmb_status status = cmb_plan_from_parts(p->L, &direct, &regions, &members, options, plan, error);
+    for (int n = 0; n < 3; n++) {
+        free(offset[n].item);
+        free(item[n].item);
+    }
+    return status;
+}
+
+static void free_parts(random_parts *p) {
+    free_lists(p->direct, p->L);
+    free_lists(p->regions, p->L);
+    free_lists(p->members, p->R);
+}
+
+/* below[r]: positions below region r, repeats counted, ascending. */
+static random_parts draw_parts(int64_t L, int64_t R, bool is_causal, bool is_nested, vector *below) {
+    random_parts p = {L, R, make_lists(L), make_lists(L), make_lists(R)};
+    for (int64_t r = 0; r < R; r++) {
+        for (int64_t n = random_below(6); n > 0; n--) {
+            if (is_nested && r && random_below(3) == 0) {
+                const int64_t q = random_below(r);
+                if (below[q].count > 60)
+                    continue;
+                push(&p.members[r], L + q);
+                for (int64_t k = 0; k < below[q].count; k++)
+                    push(&below[r], below[q].item[k]);
+            } else if (L) {
+                push(&p.members[r], random_below(L));
+                push(&below[r], p.members[r].item[p.members[r].count - 1]);
+            }
+        }
+        sort(&below[r]);
+    }
+    for (int64_t i = 0; i < L; i++) {
+        for (int64_t n = random_below(8); n > 0; n--)
+            push(&p.direct[i], random_below(is_causal ? i + 1 : L));
+        for (int64_t n = R ? random_below(5) : 0; n > 0; n--) {
+            const int64_t r = random_below(R);
+            if (!is_causal || !below[r].count || below[r].item[below[r].count - 1] <= i)
+                push(&p.regions[i], r);
+        }
+    }
+    return p;
+}
+
+static void check_parts(int64_t L, int64_t R, bool is_causal, bool is_nested, cmb_pooling pooling) {
+    vector *below = make_lists(R);
+    random_parts p = draw_parts(L, R, is_causal, is_nested, below);
+    const cmb_plan_options options = {.is_causal = is_causal, .pooling = pooling};
+    cmb_plan *plan = NULL;
+    cmb_error error = {0};
+    CHECK(build_parts(&p, &options, &plan, &error) == CMB_OK, "%s", error.message);
+    CHECK(cmb_plan_check(plan, &error) == CMB_OK, "%s", error.message);
+    vector *rows = attended_rows(plan), *pooled = pooled_positions(plan);
+    bool *needed = calloc((size_t)R + 1, 1);
+    int64_t pairs = 0;
+    bool is_partition = true, is_full = true;
+    CHECK(needed);
+    for (int64_t i = 0; i < L; i++) {
+        int64_t *cover = calloc((size_t)L, sizeof *cover);
+        vector expected = {0};
+        CHECK(cover);
+        for (int64_t n = 0; n < p.direct[i].count; n++) {
+            push(&expected, p.direct[i].item[n]);
+            cover[p.direct[i].item[n]]++;
+        }
+        for (int64_t n = 0; n < p.regions[i].count; n++) {
+            const int64_t r = p.regions[i].item[n];
+            needed[r] = true;
+            if (below[r].count)
+                push(&expected, L + r);
+            for (int64_t k = 0; k < below[r].count; k++)
+                cover[below[r].item[k]]++;
+        }
+        for (int64_t j = 0; j < (is_causal ? i + 1 : L); j++) {
+            is_partition = is_partition && cover[j] == 1;
+            is_full = is_full && cover[j] > 0;
+        }
+        sort(&expected);
+        sort(&rows[i]);
+        CHECK(are_equal(&rows[i], &expected), "query %lld", (long long)i);
+        pairs += expected.count;
+        free(expected.item);
+        free(cover);
+    }
+    for (int64_t r = R - 1; r >= 0; r--) {
+        vector expected = {0};
+        for (int64_t n = 0; n < p.members[r].count; n++) {
+            const int64_t member = p.members[r].item[n];
+            if (member >= L && needed[r])
+                needed[member - L] = true;
+            if (needed[r] && (member < L || below[member - L].count))
+                push(&expected, member);
+        }
+        CHECK(are_equal(&rows[L + r], &expected), "region %lld", (long long)r);
+        if (pooling == CMB_POOL_MEAN)
+            sort(&pooled[r]);
+        CHECK(are_equal(&pooled[r], &below[r]), "region %lld", (long long)r);
+        free(expected.item);
+    }
+    cmb_plan_facts facts;
+    CHECK(cmb_plan_measure(plan, &facts, &error) == CMB_OK, "%s", error.message);
+    CHECK(facts.attend_pairs == pairs);
+    CHECK(facts.is_partition == is_partition && facts.is_full == is_full);
+    cmb_plan *copy = NULL;
+    CHECK(cmb_plan_from_arrays(plan, &copy, &error) == CMB_OK, "%s", error.message);
+    CHECK(cmb_plan_bytes(copy) == cmb_plan_bytes(plan));
+    CHECK(memcmp(copy + 1, plan + 1, cmb_plan_bytes(plan) - sizeof *plan) == 0);
+    cmb_plan_free(copy);
+    cmb_plan_free(plan);
+    free(needed);
+    free_lists(rows, L + R);
+    free_lists(pooled, R);
+    free_lists(below, R);
+    free_parts(&p);
+}
+
+static void test_random_parts(void) {
+    for (int n = 0; n < 600; n++)
+        check_parts(random_below(n % 10 ? 40 : 200), random_below(30), n & 1, n & 2,
+                    n & 4 ? CMB_POOL_MAX : CMB_POOL_MEAN);
+    check_parts(1500, 30, true, true, CMB_POOL_MAX); /* more mask sequences than the first table holds */
+}
+
+/* Every factorization's own lists, given as parts, are the partition they were. */
+static void test_known_parts(void) {
+    for (kind k = DENSE; k <= HIERARCHICAL; k++)
+        for (int is_causal = 0; is_causal < 2; is_causal++) {
+            const factorization f = {k, 150, 12, is_causal, false};
+            specified s = specify(&f);
+            random_parts p = {f.L, s.R, make_lists(f.L), make_lists(f.L), make_lists(s.R)};
+            for (int64_t i = 0; i < f.L; i++)
+                for (int64_t n = 0; n < s.query[i].count; n++)
+                    push(s.query[i].item[n] < f.L ? &p.direct[i] : &p.regions[i],
+                         s.query[i].item[n] < f.L ? s.query[i].item[n] : s.query[i].item[n] - f.L);
+            for (int64_t r = 0; r < s.R; r++)
+                for (int64_t n = 0; n < s.member[r].count; n++)
+                    push(&p.members[r], s.member[r].item[n]);
+            const cmb_plan_options options = {.is_causal = is_causal};
+            cmb_plan *plan = NULL;
+            cmb_plan_facts facts;
+            cmb_error error = {0};
+            CHECK(build_parts(&p, &options, &plan, &error) == CMB_OK, "%s", error.message);
+            CHECK(cmb_plan_check(plan, &error) == CMB_OK, "%s", error.message);
+            CHECK(cmb_plan_measure(plan, &facts, &error) == CMB_OK && facts.is_partition && facts.is_full);
+            cmb_plan_free(plan);
+            free_parts(&p);
+            forget(&s, f.L);
+        }
+}
+
+/* Covers everything, some of it twice. */
+static void test_full_but_no_partition(void) {
+    const int64_t L = 130;
+    vector *direct = make_lists(L), *regions = make_lists(L);
+    for (int64_t i = 0; i < L; i++)
+        for (int64_t j = 0; j <= i; j++) {
+            push(&direct[i], j);
+            if (j == 128)
+                push(&direct[i], j);
+        }
+    random_parts p = {L, 0, direct, regions, make_lists(0)};
+    const cmb_plan_options options = {.is_causal = true};
+    for (int is_full = 1; is_full >= 0; is_full--) {
+        cmb_plan *plan = NULL;
+        cmb_plan_facts facts;
+        cmb_error error = {0};
+        CHECK(build_parts(&p, &options, &plan, &error) == CMB_OK, "%s", error.message);
+        CHECK(cmb_plan_measure(plan, &facts, &error) == CMB_OK);
+        CHECK(!facts.is_partition && facts.is_full == is_full);
+        cmb_plan_free(plan);
+        direct[129].item[100] = 99;
+    }
+    free_parts(&p);
+}
+
+/* ---- refusals ---- */
+
+static void expect(cmb_status status, cmb_status expected, const cmb_plan *plan, const cmb_error *error,
+                   const char *message) {
+    CHECK(status == expected && error->status == expected, "%d: %s", (int)status, error->message);
+    CHECK(!plan);
+    CHECK(strcmp(error->message, message) == 0, "\"%s\", not \"%s\"", error->message, message);
+}
+
+static void test_bad_sizes(void) {
+    const cmb_plan_options options = {.is_causal = true};
+    const cmb_plan_options odd = {.pooling = (cmb_pooling)9};
+    cmb_plan *plan = NULL;
+    cmb_error error = {0};
+    expect(cmb_plan_fixed(8, 0, &options, &plan, &error), CMB_ERR_VALUE, plan, &error,
+           "span must be at least 1, got 0");
+    expect(cmb_plan_fixed(8, INT64_MIN, &options, &plan, &error), CMB_ERR_VALUE, plan, &error,
+           "span must be at least 1, got -9223372036854775808");
+    expect(cmb_plan_dense(-1, &options, &plan, &error), CMB_ERR_VALUE, plan, &error,
+           "length must not be negative, got -1");
+    expect(cmb_plan_logsparse((INT64_C(1) << 30) + 1, false, &options, &plan, &error), CMB_ERR_OVERFLOW, plan, &error,
+           "length must be at most 2^30, got 1073741825");
+    expect(cmb_plan_fixed(INT64_C(1) << 30, 1, &options, &plan, &error), CMB_ERR_OVERFLOW, plan, &error,
+           "length 1073741824 with 1073741824 regions exceeds the 2^31 - 1 rows of a plan");
+    expect(cmb_plan_dense(8, &odd, &plan, &error), CMB_ERR_VALUE, plan, &error,
+           "pooling must be max, mean, sum or first, got 9");
+    CHECK(cmb_plan_dense(-1, &options, &plan, NULL) == CMB_ERR_VALUE && !plan);
+}
+
+static void expect_parts(const char *message, int64_t L, const cmb_lists *direct, const cmb_lists *regions,
+                         const cmb_lists *members, cmb_status status) {
+    const cmb_plan_options options = {.is_causal = true};
+    cmb_plan *plan = NULL;
+    cmb_error error = {0};
+    expect(cmb_plan_from_parts(L, direct, regions, members, &options, &plan, &error), status, plan, &error, message);
+}
+
+#define LISTS(count, offset, ...)                        \
+    &(cmb_lists) {                                       \
+        count, offset, (const int64_t[]) { __VA_ARGS__ } \
+    }
+#define OFFSETS(...) ((const int64_t[]){__VA_ARGS__})
+
+static void test_bad_parts(void) {
+    const int64_t *each = OFFSETS(0, 1, 2, 3, 4), *none = OFFSETS(0, 0, 0, 0, 0);
+    const cmb_lists *direct = LISTS(4, each, 0, 1, 2, 3), *empty = LISTS(4, none, 0), *members = LISTS(0, NULL, 0);
+    expect_parts("direct[2] holds key 3, which lies after query 2 of a causal plan", 4, LISTS(4, each, 0, 1, 3, 3),
+                 empty, members, CMB_ERR_VALUE);
+    expect_parts("direct[1] holds key 4, which is not a position below 4", 4, LISTS(4, each, 0, 4, 2, 3), empty,
+                 members, CMB_ERR_VALUE);
+    expect_parts("direct[3] holds key -1, which is not a position below 4", 4, LISTS(4, each, 0, 1, 2, -1), empty,
+                 members, CMB_ERR_VALUE);
+    expect_parts("direct must hold 4 lists, one for each position, got 3", 4, LISTS(3, each, 0, 1, 2), empty, members,
+                 CMB_ERR_VALUE);
+    expect_parts("regions: offsets must start at 0 and not decrease, got 1 at 0", 4, direct,
+                 LISTS(4, OFFSETS(1, 1, 1, 1, 1), 0), members, CMB_ERR_VALUE);
+    expect_parts("direct: offsets must start at 0 and not decrease, got 1 at 3", 4,
+                 LISTS(4, OFFSETS(0, 1, 2, 1, 4), 0, 1, 2, 3), empty, members, CMB_ERR_VALUE);
+    expect_parts("regions[0] holds 0, but there are 0 regions", 4, direct, LISTS(4, each, 0, 0, 0, 0), members,
+                 CMB_ERR_VALUE);
+    expect_parts("regions[1] holds region 0, whose key 2 lies after query 1 of a causal plan", 4, direct,
+                 LISTS(4, OFFSETS(0, 0, 1, 1, 1), 0), LISTS(1, OFFSETS(0, 2), 1, 2), CMB_ERR_VALUE);
+    expect_parts("members[0] holds region 0, which is not listed before it", 4, direct, empty,
+                 LISTS(1, OFFSETS(0, 2), 1, 4), CMB_ERR_VALUE);
+    expect_parts("members[0] holds region 1, which is not listed before it", 4, direct, empty,
+                 LISTS(2, OFFSETS(0, 1, 2), 5, 0), CMB_ERR_VALUE);
+    expect_parts("members[1] holds 6, which is neither a position below 4 nor a region", 4, direct, empty,
+                 LISTS(2, OFFSETS(0, 1, 2), 0, 6), CMB_ERR_VALUE);
+    expect_parts("members must not hold a negative number of lists, got -1", 4, direct, empty, LISTS(-1, NULL, 0),
+                 CMB_ERR_VALUE);
+    const cmb_plan_options sparse = {.sparse = true};
+    cmb_plan *plan = NULL;
+    cmb_error error = {0};
+    expect(cmb_plan_from_parts(4, direct, empty, members, &sparse, &plan, &error), CMB_ERR_VALUE, plan, &error,
+           "sparse must be false: parts say themselves what is left out");
+    int64_t offset[41], item[80]; /* each region twice the one before */
+    for (int64_t r = 0; r <= 40; r++)
+        offset[r] = 2 * r;
+    for (int64_t r = 0; r < 40; r++)
+        item[2 * r] = item[2 * r + 1] = r ? 4 + r - 1 : 0;
+    expect_parts("members[30] stands for more than 2^31 - 1 positions", 4, direct, empty,
+                 &(cmb_lists){40, offset, item}, CMB_ERR_OVERFLOW);
+}
+
+typedef struct {
+    size_t limit, taken;
+} small_heap;
+
+static void *allocate_small(size_t bytes, void *context) {
+    small_heap *heap = context;
+    if (bytes > heap->limit)
+        return NULL;
+    heap->taken++;
+    void *pointer = NULL;
+    return posix_memalign(&pointer, 64, bytes) == 0 ? pointer : NULL;
+}
+
+static void release_small(void *pointer, void *context) {
+    ((small_heap *)context)->taken--;
+    free(pointer);
+}
+
+static void test_lengths_beyond_memory(void) {
+    small_heap heap = {.limit = (size_t)1 << 28};
+    cmb_set_allocator(&(cmb_allocator){allocate_small, release_small, &heap});
+    const cmb_plan_options options = {.is_causal = true};
+    const int64_t L = INT64_C(1) << 30;
+    cmb_plan *plan = NULL;
+    cmb_error error = {0};
+    expect(cmb_plan_dense(L, &options, &plan, &error), CMB_ERR_MEMORY, plan, &error,
+           "out of memory while making a plan of length 1073741824");
+    CHECK(cmb_plan_fixed(L, 2, &options, &plan, &error) == CMB_ERR_MEMORY && !plan);
+    CHECK(cmb_plan_fixed(L, 32768, &options, &plan, &error) == CMB_ERR_MEMORY && !plan);
+    CHECK(cmb_plan_logsparse(L, false, &options, &plan, &error) == CMB_ERR_MEMORY && !plan);
+    CHECK(cmb_plan_logsparse(L, true, &options, &plan, &error) == CMB_ERR_MEMORY && !plan);
+    CHECK(heap.taken == 0);
+    cmb_set_allocator(NULL);
+}
+
+/* Every allocation in turn, alone and with all after it. */
+static void fail_each_allocation(cmb_status (*run)(void *context), void *context) {
+    for (int forever = 0; forever < 2; forever++)
+        for (int64_t k = 1;; k++) {
+            test_heap heap = {.fail = k, .forever = forever};
+            test_heap_use(&heap);
+            const cmb_status status = run(context);
+            CHECK(heap.live == 0, "%lld bytes kept after allocation %lld failed", (long long)heap.live, (long long)k);
+            test_heap_use(NULL);
+            if (heap.calls < k) {
+                CHECK(status == CMB_OK);
+                break;
+            }
+            CHECK(status == CMB_ERR_MEMORY);
+        }
+}
+
+static cmb_status use_factorization(void *context) {
+    const factorization *f = context;
+    const cmb_plan_options options = {.is_causal = f->is_causal, .sparse = f->is_sparse};
+    cmb_plan *plan = NULL, *copy = NULL;
+    cmb_plan_facts facts;
+    cmb_error error = {0};
+    cmb_status status = f->kind == DENSE   ? cmb_plan_dense(f->L, &options, &plan, &error)
+                        : f->kind == FIXED ? cmb_plan_fixed(f->L, f->span, &options, &plan, &error)
+                                           : cmb_plan_logsparse(f->L, f->kind == HIERARCHICAL, &options, &plan, &error);
+    CHECK((status == CMB_OK) == (plan != NULL) && status == error.status);
+    if (!status)
+        status = cmb_plan_from_arrays(plan, &copy, &error);
+    if (!status)
+        status = cmb_plan_measure(copy, &facts, &error);
+    cmb_plan_free(plan);
+    cmb_plan_free(copy);
+    return status;
+}
+
+static cmb_status use_parts(void *context) {
+    const cmb_plan_options options = {0};
+    cmb_plan *plan = NULL;
+    cmb_error error = {0};
+    const cmb_status status = build_parts(context, &options, &plan, &error);
+    CHECK((status == CMB_OK) == (plan != NULL) && status == error.status);
+    cmb_plan_free(plan);
+    return status;
+}
+
+static void test_failing_allocations(void) {
+    for (int bits = 0; bits < 16; bits++)
+        fail_each_allocation(use_factorization, &(factorization){(kind)(bits & 3), bits == 2 ? 9000 : 700,
+                                                                 bits & 4 ? 5 : 100, bits & 4, bits & 8});
+    vector *below = make_lists(50);
+    random_parts p = draw_parts(300, 50, false, true, below);
+    fail_each_allocation(use_parts, &p);
+    free_lists(below, 50);
+    free_parts(&p);
+}
+
+/* ---- the check ---- */
+
+/* A plan whose arrays a test may change. */
+static cmb_plan *make_writable(kind k, int64_t L, bool is_causal) {
+    return make(&(factorization){k, L, 12, is_causal, false});
+}
+
+static void damage(const int32_t *field, int32_t value) { *(int32_t *)(uintptr_t)field = value; }
+
+static void expect_broken(cmb_plan *plan, const char *part) {
+    cmb_error error = {0};
+    CHECK(cmb_plan_check(plan, &error) == CMB_ERR_VALUE && strstr(error.message, part), "\"%s\", not \"%s\"",
+          error.message, part);
+    cmb_plan_free(plan);
+}
+
+static void test_check_refuses(void) {
+    cmb_plan *plan = make_writable(FIXED, 100, true);
+    plan->R = -1;
+    expect_broken(plan, "R and N");
+    plan = make_writable(FIXED, 100, true);
+    plan->L = INT64_MAX;
+    expect_broken(plan, "length must be between 0 and 2^30");
+    plan = make_writable(FIXED, 100, true);
+    plan->pooling = (cmb_pooling)-1;
+    expect_broken(plan, "pooling must be");
+    plan = make_writable(FIXED, 100, true);
+    plan->run = NULL;
+    expect_broken(plan, "array run is missing");
+    plan = make_writable(FIXED, 100, true);
+    damage(&plan->pool[1].row, 5);
+    expect_broken(plan, "pool 1 writes row 5, which is no region or scratch row");
+    plan = make_writable(FIXED, 100, true);
+    damage(&plan->pool[1].row, 100);
+    expect_broken(plan, "pool 1 writes region 0 a second time");
+    plan = make_writable(FIXED, 100, true);
+    damage(&plan->pool[1].child.count, 200);
+    expect_broken(plan, "pool 1: its children lie outside the table");
+    plan = make_writable(FIXED, 100, true);
+    damage(&plan->pool[1].child.start, 108);
+    damage(&plan->pool[1].child.count, 1);
+    expect_broken(plan, "pool 1 reads row 108 before it is pooled");
+    plan = make_writable(FIXED, 100, true);
+    damage(&plan->pool[3].child.start, 99);
+    damage(&plan->pool[3].child.count, 1);
+    expect_broken(plan, "of a causal plan sees position 99");
+    plan = make_writable(FIXED, 100, true);
+    damage(&plan->tile[0].width, 8);
+    expect_broken(plan, "tile 0: its width must be 1, 16, 32, 48 or 64, got 8");
+    plan = make_writable(FIXED, 100, false);
+    damage(&plan->tile[1].query.start, 100);
+    CHECK(cmb_plan_check(plan, NULL) == CMB_ERR_VALUE);
+    expect_broken(plan, "attends region 1 before it is summarized");
+    plan = make_writable(FIXED, 100, true);
+    damage(&plan->tile[plan->tiles - 1].query.start, 0);
+    expect_broken(plan, "belongs to another task of its wave");
+    plan = make_writable(FIXED, 100, true);
+    damage(&plan->tile[plan->tiles - 1].query.start, 80);
+    expect_broken(plan, "its queries lie outside the table");
+    plan = make_writable(FIXED, 100, true);
+    damage(&plan->tile[plan->tiles - 1].query.count, 39);
+    expect_broken(plan, "has lanes without a query");
+    plan = make_writable(FIXED, 100, true);
+    damage(&plan->run[plan->runs - 1].mask, plan->masks);
+    expect_broken(plan, "its masks lie outside the mask array");
+    plan = make_writable(FIXED, 100, true);
+    damage(&plan->index[3], 108);
+    expect_broken(plan, "attends region 8 before it is summarized");
+    plan = make_writable(FIXED, 100, true);
+    damage(&plan->wave[1], plan->tasks + 1);
+    expect_broken(plan, "must follow one another");
+    plan = make_writable(DENSE, 100, true);
+    damage(&plan->tile[1].query.step, -1);
+    expect_broken(plan, "belongs to another task of its wave");
+    plan = make_writable(DENSE, 100, false);
+    damage(&plan->tile[1].query.count, 30);
+    plan->is_causal = true;
+    expect_broken(plan, "tile 0: query 0 of a causal plan sees position 99");
+}
+
+/* Whatever the integers hold, the check says so or the plan can be read: run under a sanitizer. */
+static void test_damaged_plans(void) {
+    int64_t passed = 0;
+    for (int n = 0; n < 20000; n++) {
+        cmb_plan *plan = make_writable((kind)(n & 3), 1 + random_below(90), n & 4);
+        const struct {
+            const void *data;
+            int64_t words;
+        } array[] = {{plan->wave, plan->waves + 1},         {plan->task, 2 * (plan->tasks + 1)},
+                     {plan->pool, 4 * plan->pools},         {plan->tile, 5 * (plan->tiles + 1)},
+                     {plan->run, 4 * plan->runs},           {plan->index, plan->indices},
+                     {plan->mask, 2 * (int64_t)plan->masks}};
+        for (int64_t k = random_below(3); k >= 0; k--) {
+            const int64_t a = random_below(7);
+            if (!array[a].words)
+                continue;
+            char *word = (char *)(uintptr_t)array[a].data + 4 * random_below(array[a].words);
+            int32_t old;
+            memcpy(&old, word, 4);
+            const int64_t value[] = {(int64_t)old + 1, (int64_t)old - 1, 0, -1, INT32_MAX,
+                                     INT32_MIN,        random_below(200)};
+            old = (int32_t)value[random_below(7)];
+            memcpy(word, &old, 4);
+        }
+        cmb_plan_facts facts;
+        cmb_error error = {0};
+        const cmb_status status = cmb_plan_check(plan, &error);
+        CHECK(status == CMB_OK || (status == CMB_ERR_VALUE && error.message[0]));
+        if (!status) {
+            passed++;
+            CHECK(cmb_plan_measure(plan, &facts, &error) == CMB_OK);
+        }
+        cmb_plan_free(plan);
+    }
+    CHECK(passed > 0 && passed < 10000, "%lld", (long long)passed);
+}
+
+int main(int argc, char **argv) {
+    const test_case tests[] = {
+        TEST(test_specification),
+        TEST(test_blocks_longer_than_a_chunk),
+        TEST(test_long_plans),
+        TEST(test_prefixes),
+        TEST(test_random_parts),
+        TEST(test_known_parts),
+        TEST(test_full_but_no_partition),
+        TEST(test_bad_sizes),
+        TEST(test_bad_parts),
+        TEST(test_lengths_beyond_memory),
+        TEST(test_failing_allocations),
+        TEST(test_check_refuses),
+        TEST(test_damaged_plans),
+    };
+    return test_main(argc, argv, tests, sizeof tests / sizeof *tests);
+}

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same bits come out whatever the threads, batch, heads, strides, length that follows and width of vectors.
+
+Compared as bytes, but for -0 and +0 where a sum ends in exact zeros. One test says that bits differ where they should.
+"""
+
+import numpy as np
+import pytest
+from cases import each_isa
+
+import combiner
+from combiner import Dense, Fixed, LogSparse
+
+PATTERNS = [Dense(), Fixed(8), Fixed(70), LogSparse(), LogSparse(hierarchical=True), Fixed(16).sparse()]
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+both_directions = pytest.mark.parametrize("is_causal", (True, False))
+both_dtypes = pytest.mark.parametrize("dtype", (np.float32, np.float64))
+
+
+def draw(rng, L=150, B=2, Hq=4, Hk=2, D=20, Dv=12, dtype=np.float32) -> list[np.ndarray]:
+    """query, key, value, and the cotangents of out and lse."""
+    shapes = [(B, Hq, L, D), (B, Hk, L, D), (B, Hk, L, Dv), (B, Hq, L, Dv), (B, Hq, L)]
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def run(arrays, pattern, **options) -> list[np.ndarray]:
+    """out, lse, dq, dk, dv."""
+    q, k, v, grad_out, grad_lse = arrays
+    out, lse = combiner.attention(q, k, v, pattern, return_lse=True, **options)
+    again, saved = combiner.attention_forward(q, k, v, pattern, **options)
+    assert again.tobytes() == out.tobytes()
+    return [out, lse, *combiner.attention_backward(grad_out, saved, grad_lse=grad_lse)[:3]]
+
+
+def assert_same(actual, expected) -> None:
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
+        assert x.shape == y.shape and x.tobytes() == np.ascontiguousarray(y).tobytes(), name
+
+
+@both_dtypes
+@both_directions
+@every_pattern
+def test_threads(rng, pattern, is_causal, dtype):
+    arrays = draw(rng, dtype=dtype)
+    with combiner.num_threads(1):
+        expected = run(arrays, pattern, is_causal=is_causal)
+    for threads in (2, 3, 7):
+        with combiner.num_threads(threads):
+            for _ in range(3):
+                assert_same(run(arrays, pattern, is_causal=is_causal), expected)
+
+
+@both_directions
+@pytest.mark.parametrize("pattern", [Dense(), Fixed(), Fixed(600), LogSparse(), LogSparse(hierarchical=True)], ids=str)
+def test_threads_on_many_tasks(rng, pattern, is_causal):
+    arrays = draw(rng, L=2500, B=1, Hq=2, Hk=1, D=8, Dv=8)
+    with combiner.num_threads(1):
+        expected = run(arrays, pattern, is_causal=is_causal)
+    for threads in (2, 7):
+        with combiner.num_threads(threads):
+            assert_same(run(arrays, pattern, is_causal=is_causal), expected)
+
+
+@both_directions
+@every_pattern
+def test_one_head_and_one_batch_entry_at_a_time(rng, pattern, is_causal):
+    arrays = draw(rng)
+    expected = run(arrays, pattern, is_causal=is_causal)
+    for b in range(2):
+        for h in range(2):  # a key head and its two query heads
+
+            def part(x, b=b, h=h):
+                return x[b : b + 1, h : h + 1] if x.shape[1] == 2 else x[b : b + 1, 2 * h : 2 * h + 2]
+
+            assert_same(run([part(x) for x in arrays], pattern, is_causal=is_causal), [part(x) for x in expected])
+        whole = run([x[b] for x in arrays], pattern, is_causal=is_causal)
+        assert_same(whole, [x[b] for x in expected])
+    for h in range(4):  # a query head alone, with its key head
+        q, k, v = arrays[0][:, h : h + 1], arrays[1][:, h // 2 : h // 2 + 1], arrays[2][:, h // 2 : h // 2 + 1]
+        alone = combiner.attention(q, k, v, pattern, is_causal=is_causal, return_lse=True)
+        for x, y in zip(alone, expected[:2], strict=True):
+            assert x.tobytes() == y[:, h : h + 1].tobytes()
+
+
+def layouts(x: np.ndarray) -> dict[str, np.ndarray]:
+    """The same numbers in other places: any strides with contiguous features."""
+    padded = np.full((*x.shape[:-1], x.shape[-1] + 3), np.nan, x.dtype)
+    padded[..., : x.shape[-1]] = x
+    return {
+        "[B, L, H, D]": np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2),
+        "[L, B, H, D]": np.ascontiguousarray(x.transpose(2, 0, 1, 3)).transpose(1, 2, 0, 3),
+        "backwards": np.ascontiguousarray(x[::-1, ::-1, ::-1])[::-1, ::-1, ::-1],
+        "padded rows": padded[..., : x.shape[-1]],
+        "every third row": np.repeat(x, 3, axis=2)[:, :, 1::3],
+        "unaligned": np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(x.dtype).reshape(x.shape),
+        "features apart": np.repeat(x, 2, axis=3)[..., ::2],
+    }
+
+
+@both_directions
+@every_pattern
+def test_strides(rng, pattern, is_causal):
+    arrays = draw(rng, L=90)
+    mask = rng.random((2, 90)) < 0.8
+    expected = run(arrays, pattern, is_causal=is_causal, key_mask=mask)
+    views = [layouts(x) for x in arrays[:4]]
+    for name in views[0]:
+        again = [view[name] for view in views]
+        before = [x.tobytes() for x in again]
+        actual = run([*again, arrays[4][::-1][::-1]], pattern, is_causal=is_causal, key_mask=mask[:, ::-1][:, ::-1])
+        assert_same(actual, expected)
+        assert before == [x.tobytes() for x in again], "an input was written"
+
+
+@both_directions
+@every_pattern
+def test_broadcast_strides(rng, pattern, is_causal):
+    """One array for every head and batch entry, by strides of zero."""
+    q, k, v, grad_out, grad_lse = draw(rng, L=70, B=1, Hq=1, Hk=1)
+    small = [np.broadcast_to(x, (2, 3, *x.shape[2:])) for x in (q, k, v, grad_out, grad_lse)]
+    copies = [np.ascontiguousarray(x) for x in small]
+    assert_same(run(small, pattern, is_causal=is_causal), run(copies, pattern, is_causal=is_causal))
+    repeated = np.broadcast_to(k[:, :, :1], k.shape)  # one key for every position
+    for x, y in zip(
+        combiner.attention(q, repeated, v, pattern, is_causal=is_causal, return_lse=True),
+        combiner.attention(q, np.ascontiguousarray(repeated), v, pattern, is_causal=is_causal, return_lse=True),
+        strict=True,
+    ):
+        assert x.tobytes() == y.tobytes()
+
+
+@both_dtypes
+@every_pattern
+def test_causal_prefix(rng, pattern, dtype):
+    """Row i depends on nothing after i, the length included: forward, and backward where nothing flows in after it."""
+    arrays = draw(rng, L=210, B=1, dtype=dtype)
+    out, lse, *_ = run(arrays, pattern, is_causal=True)
+    for length in (1, 2, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 209):
+        short = [np.ascontiguousarray(x[:, :, :length]) for x in arrays]
+        long = [
+            *arrays[:3],
+            *(np.concatenate([x, 0 * y[:, :, length:]], axis=2) for x, y in zip(short[3:], arrays[3:], strict=True)),
+        ]
+        actual, expected = run(short, pattern, is_causal=True), run(long, pattern, is_causal=True)
+        assert actual[0].tobytes() == out[:, :, :length].tobytes(), length
+        assert actual[1].tobytes() == lse[:, :, :length].tobytes(), length
+        for name, x, y in zip(("dq", "dk", "dv"), actual[2:], expected[2:], strict=True):
+            np.testing.assert_array_equal(x, y[:, :, :length], err_msg=f"{name} of the first {length}")
+            assert not y[:, :, length:].any()
+
+
+@pytest.mark.skipif(len(combiner.info()["isas"]) < 3, reason="needs two instruction sets with FMA")
+@both_dtypes
+@both_directions
+@every_pattern
+def test_instruction_sets_with_fma(rng, pattern, is_causal, dtype):
+    arrays = draw(rng, dtype=dtype, D=37, Dv=21)
+    mask = rng.random((2, 150)) < 0.9
+    results = [run(arrays, pattern, is_causal=is_causal, key_mask=mask) for isa in each_isa() if isa != "base"]
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+def test_bits_differ_where_they_should(rng):
+    """The comparison is alive: another span, or arithmetic without FMA, moves bits that no tolerance would see."""
+    arrays = draw(rng)
+    expected = run(arrays, Fixed(8), is_causal=True)
+    with pytest.raises(AssertionError):
+        assert_same(run(arrays, Fixed(9), is_causal=True), expected)
+    by_isa = {isa: run(arrays, Dense(), is_causal=True) for isa in each_isa()}
+    for isa, results in by_isa.items():
+        if isa != "base":
+            np.testing.assert_allclose(results[0], by_isa["base"][0], rtol=0, atol=1e-5)
+            with pytest.raises(AssertionError):
+                assert_same(results, by_isa["base"])
+
+
+def test_many_repeats(rng):
+    """The same call 200 times over, on as many threads as there are tasks to race."""
+    arrays = draw(rng, L=300, D=8, Dv=8)
+    with combiner.num_threads(7):
+        expected = run(arrays, LogSparse(hierarchical=True))
+        for _ in range(200):
+            assert_same(run(arrays, LogSparse(hierarchical=True)), expected)

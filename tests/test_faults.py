@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fails leaves nothing behind: memory that runs out, threads that cannot start, Ctrl-C, wrong arguments.
+
+After each of them nothing is leaked, `out` is untouched where memory was short, and the next call is right.
+"""
+
+import itertools
+import os
+import resource
+import signal
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fresh import fresh_process
+
+import combiner
+from combiner import Dense, Fixed, LogSparse, Plan, _core
+from combiner.patterns import _plan
+
+try:
+    import _testcapi
+except ImportError:  # a CPython without its tests
+    _testcapi = None
+
+PATTERNS = [
+    Dense(),
+    Fixed(8),
+    Fixed(8, pooling="mean", size_bias=True),
+    LogSparse(),
+    LogSparse(hierarchical=True),
+    Fixed(8).sparse(),
+    LogSparse().sparse(),
+]
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+
+
+def operations(pattern, L=70) -> tuple[dict, np.ndarray]:
+    """By name: functions that build a plan or run it, and return what `content` takes; and the `out` of one of them."""
+    rng = np.random.default_rng(0)
+    q, k, v, grad_out = (rng.standard_normal((2, heads, L, 5)).astype(np.float32) for heads in (4, 2, 2, 4))
+    plan = pattern.plan(L, True)
+    arrays = plan.arrays
+    _, saved = combiner.attention_forward(q, k, v, plan)
+    summary, summary_saved = combiner.summarize_forward(q, k, v, plan)
+    _, attend_saved = combiner.attend_forward(q, k, v, summary.key, summary.value, plan)
+    out = np.empty_like(q)
+
+    def build(is_causal: bool) -> Plan:
+        return _plan.__wrapped__(pattern, L, is_causal)
+
+    def from_parts() -> Plan:
+        """Each query sees itself, and the region of all pairs of positions before its own pair."""
+        pairs = L // 2
+        members = [[2 * n, 2 * n + 1] for n in range(pairs)]
+        members += [[L + pairs + n - 1, L + n] if n else [L] for n in range(pairs)]
+        regions = [[pairs + i // 2 - 1] if i > 1 else [] for i in range(L)]
+        direct = [[i - 1, i] if i % 2 else [i] for i in range(L)]
+        return Plan.from_parts(direct, regions, members, is_causal=True, size_bias=plan.size_bias)
+
+    def from_arrays() -> Plan:
+        return Plan.from_arrays(
+            **arrays,
+            length=L,
+            regions=plan.region_count,
+            scratch=plan.scratch_count,
+            is_causal=True,
+            pooling=plan.pooling,
+            size_bias=plan.size_bias,
+        )
+
+    return {
+        "plan": lambda: build(True),
+        "bidirectional plan": lambda: build(False),
+        "from_parts": from_parts,
+        "from_arrays": from_arrays,
+        "measure": lambda: np.array(plan._measure()),
+        "attention": lambda: combiner.attention(q, k, v, plan, return_lse=True),
+        "attention into out": lambda: combiner.attention(q, k, v, plan, out=out),
+        "attention_forward": lambda: combiner.attention_forward(q, k, v, plan)[1]["summary_value"],
+        "attention_backward": lambda: combiner.attention_backward(grad_out, saved),
+        "summarize": lambda: combiner.summarize(q, k, v, plan),
+        "summarize_backward": lambda: combiner.summarize_backward(None, summary.value, summary_saved),
+        "attend": lambda: combiner.attend(q, k, v, summary.key, summary.value, plan),
+        "attend_backward": lambda: combiner.attend_backward(grad_out, attend_saved),
+        "attention_weights": lambda: combiner.attention_weights(q, k, plan),
+    }, out
+
+
+def content(result) -> list[bytes]:
+    """The bytes of an array, of a tuple of them, or of a plan."""
+    if isinstance(result, Plan):
+        return [x.tobytes() for x in result.arrays.values()]
+    return [x.tobytes() for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
+
+
+# ---- memory that runs out
+
+
+@every_pattern
+@fresh_process(COMBINER_TEST_ALLOCATOR="1")
+def test_every_allocation_of_the_library_failing(pattern):
+    """The k-th fails for every k, once and from then on; the library then holds what it held before."""
+    everything, out = operations(pattern)
+    for name, operation in everything.items():
+        expected = content(operation())
+        held = _core._live_bytes()
+        failures = {False: 0, True: 0}
+        for keeps_failing in failures:
+            for k in itertools.count(1):
+                out.fill(7)
+                _core._fail_allocation(k, keeps_failing)
+                try:
+                    result = operation()
+                except MemoryError as error:
+                    _core._fail_allocation(0)
+                    assert _core._live_bytes() == held, (name, k, "leaked")
+                    assert str(error), (name, k, "no message")
+                    assert (out == 7).all(), (name, k, "out was written")
+                    assert content(operation()) == expected, (name, k, "the next call")
+                    failures[keeps_failing] += 1
+                else:
+                    _core._fail_allocation(0)
+                    assert content(result) == expected, (name, k)
+                    del result
+                    break
+        assert failures[False] == failures[True] >= 1, (name, failures)  # else some failure went unnoticed
+        assert _core._live_bytes() == held, (name, "leaked")
+    del everything, operation
+    _plan.cache_clear()
+    assert _core._live_bytes() == 0
+
+
+@pytest.mark.skipif(_testcapi is None, reason="this Python has no _testcapi")
+@every_pattern
+@fresh_process(COMBINER_TEST_ALLOCATOR="1")
+def test_every_allocation_of_python_failing(pattern):
+    everything, out = operations(pattern)
+    for name, operation in everything.items():
+        expected = content(operation())
+        held = _core._live_bytes()
+        for lasts in (1, 0):  # one allocation, or all from the k-th on
+            failures = 0
+            for k in itertools.count(1):
+                result = None
+                out.fill(7)
+                try:
+                    _testcapi.set_nomemory(k, lasts and k + 1)
+                    result = operation()
+                except MemoryError:
+                    _testcapi.remove_mem_hooks()
+                    failures += 1
+                    assert _core._live_bytes() == held, (name, k, "leaked")
+                    assert (out == 7).all(), (name, k, "out was written")
+                _testcapi.remove_mem_hooks()
+                if result is not None:
+                    assert content(result) == expected, (name, k)
+                    del result
+                    break
+            assert failures >= 1, name
+        assert content(operation()) == expected, (name, "the next call")
+        assert _core._live_bytes() == held, (name, "leaked")
+
+
+@fresh_process(MALLOC_MMAP_THRESHOLD_="65536", OPENBLAS_NUM_THREADS="1")
+def test_address_space_running_out():
+    """Under ever higher limits calls raise MemoryError, then succeed with fewer threads than they would like."""
+    rng = np.random.default_rng(0)
+    q, k, v, grad_out = (rng.standard_normal((1, 4, 2048, 32)).astype(np.float32) for _ in range(4))
+    combiner.set_num_threads(4)
+    for pattern in (Dense(), Fixed(64), LogSparse(hierarchical=True)):
+        expected, saved = combiner.attention_forward(q, k, v, pattern)
+        gradients = content(combiner.attention_backward(grad_out, saved))
+        _core.stop_threads()
+        outcomes = set()
+        for megabytes in range(0, 20):
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size + megabytes * 2**20, resource.RLIM_INFINITY))
+            try:
+                out = content(combiner.attention(q, k, v, pattern))
+                actual = content(combiner.attention_backward(grad_out, saved))
+            except MemoryError:
+                outcomes.add("MemoryError")
+            else:
+                outcomes.add("success")
+                assert out == content(expected) and actual == gradients
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+                _core.stop_threads()
+        assert outcomes == {"MemoryError", "success"}, outcomes
+
+
+# ---- threads that cannot start
+
+
+def threads_of_this_process() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_NPROC counts threads on Linux")
+@pytest.mark.parametrize("startable", (0, 1, 3))
+@fresh_process(OPENBLAS_NUM_THREADS="1")
+def test_threads_that_cannot_start(startable):
+    """The same bits with those that could, and with more of them once they can."""
+    rng = np.random.default_rng(0)
+    q, k, v, grad_out = (rng.standard_normal((2, 8, 600, 16)).astype(np.float32) for _ in range(4))
+
+    def run() -> list[bytes]:
+        out, saved = combiner.attention_forward(q, k, v, Fixed(32), is_causal=True)
+        return [out.tobytes(), *content(combiner.attention_backward(grad_out, saved))]
+
+    combiner.set_num_threads(1)
+    expected = run()
+    before = threads_of_this_process()
+    limit = 1  # of a user's threads, this one among them
+    if os.geteuid() == 0:
+        os.setuid(1_000_000 + os.getpid())  # whose threads are all here
+        limit = before + startable
+    resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
+    combiner.set_num_threads(8)
+    for _ in range(5):
+        assert run() == expected
+    started = threads_of_this_process() - before
+    if limit > 1 or startable:
+        assert started == startable, f"{started} threads started"
+    else:
+        assert started == 0, f"{started} threads started"
+
+
+# ---- signals
+
+
+L = 131072  # dense attention over this length takes 10 s and more
+
+
+def long_call(name: str):
+    """A function that takes at least 10 s when nobody interrupts it, and one that does a 256th of its work."""
+    rng = np.random.default_rng(0)
+
+    def make(length: int):
+        x = rng.standard_normal((4, length, 64), np.float32)
+        plan = Dense().plan(length)
+        if name == "forward":
+            return lambda: combiner.attention(*x[:3], plan)
+        if name == "backward":
+            saved = combiner.attention_forward(*x[:3], Fixed(64).sparse())[1]
+            saved.update(plan=plan)
+            return lambda: combiner.attention_backward(x[3], saved)
+        plan = Dense().plan(length // 64)  # many heads
+        few = np.broadcast_to(x[0, : length // 64], (4096, length // 64, 64))
+        return lambda: combiner.attention(few, few, few[..., :1], plan)
+
+    return make(L), make(L // 16)
+
+
+def seconds_to_end(call, after: float) -> float:
+    """From SIGINT, sent some seconds into the call, to KeyboardInterrupt."""
+    sent = []
+
+    def send() -> None:
+        time.sleep(after)
+        sent.append(time.perf_counter())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        call()
+    except KeyboardInterrupt:
+        return time.perf_counter() - sent[0]
+    finally:
+        sender.join()
+    raise AssertionError("the call ended before the signal came")
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("name", ("forward", "backward", "many heads"))
+@fresh_process(COMBINER_TEST_ALLOCATOR="1")
+def test_ctrl_c_in_a_long_call(name, threads):
+    """KeyboardInterrupt within 0.1 s, nothing leaked, and the next call right."""
+    everything, _ = operations(Fixed(8))
+    expected = {name: content(operation()) for name, operation in everything.items()}
+    combiner.set_num_threads(threads)
+    call, part = long_call(name)
+    start = time.perf_counter()
+    part()
+    whole = 256 * (time.perf_counter() - start)
+    assert whole >= 10, f"the call takes only {whole:.1f} s"
+    held = _core._live_bytes()
+    delays = []
+    for after in (0.02, 0.05, 0.11, 0.17, 0.23, 0.29, 0.31):
+        delays.append(seconds_to_end(call, after))
+        assert _core._live_bytes() == held, "leaked"
+        assert {name: content(operation()) for name, operation in everything.items()} == expected
+    assert statistics.median(delays) < 0.1 and max(delays) < 0.25, delays

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine is general: plans without rhyme, from parts and from raw arrays, against the reference."""
+
+import numpy as np
+import pytest
+from cases import Case, Judge, below, close, draw, each_isa, random_parts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import combiner
+from combiner import Plan
+
+
+def plan_of(parts, is_causal: bool):
+    return Plan.from_parts(
+        parts.direct,
+        parts.regions,
+        parts.members,
+        is_causal=is_causal,
+        pooling=parts.pooling,
+        size_bias=parts.size_bias,
+    )
+
+
+def check(problem, plan) -> None:
+    """Forward, backward and both stages of a plan, against the parts in problem.pattern."""
+    judge = Judge(problem)
+    for dtype in (np.float64, np.float32):
+        p = problem.as_type(dtype)
+        out, saved = combiner.attention_forward(*p.inputs, plan, **p.options)
+        judge.accepts_forward(out)
+        judge.accepts_backward(combiner.attention_backward(p.grad_out, saved, grad_lse=p.grad_lse))
+        summary = combiner.summarize(*p.inputs, plan, **p.options)
+        rest = {name: x for name, x in p.options.items() if not name.startswith("region")}
+        judge.accepts_forward(*combiner.attend(*p.inputs, *summary[:2], plan, return_lse=True, **rest))
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_random_parts(seed):
+    rng = np.random.default_rng(seed)
+    is_causal = bool(rng.integers(2))
+    L, R = int(rng.integers(1, 100)), int(rng.integers(0, 40))
+    parts = random_parts(
+        rng, L, R, is_causal, pooling=rng.choice(["max", "mean", "sum"]).item(), size_bias=bool(rng.integers(2))
+    )
+    Hk, group = rng.integers(1, 3, 2).tolist()
+    case = Case(
+        "random",
+        L,
+        int(rng.integers(1, 3)),
+        Hk * group,
+        Hk,
+        int(rng.integers(1, 20)),
+        int(rng.integers(1, 20)),
+        is_causal,
+        masked=float(rng.choice([0, 0, 0.3, 0.8])),
+        given=rng.choice(["", "", "query", "key", "query key"]).item(),
+    )
+    problem = draw(rng, parts, case)
+    plan = plan_of(parts, is_causal)
+    for _ in each_isa():
+        check(problem, plan)
+
+
+class Arrays:
+    """A plan drawn as its arrays: every way that combiner.h allows to say the same parts.
+
+    Regions pooled through scratch rows, queries met again in later tiles, lanes in any order, masks and full runs,
+    tables of indices and of steps.
+    """
+
+    def __init__(self, rng, parts, is_causal: bool):
+        self.rng, self.parts, self.L, self.R = rng, parts, len(parts.direct), len(parts.members)
+        self.wave, self.task, self.pool, self.tile, self.run, self.index, self.mask = ([] for _ in range(7))
+        self.scratch = 0
+        self.summarize()
+        self.attend()
+        self.wave.append(len(self.task))
+        self.task.append((len(self.pool), len(self.tile)))
+        self.tile.append((0, 1, 0, len(self.run), 0))
+        self.plan = Plan.from_arrays(
+            np.array(self.wave, np.int32),
+            np.array(self.task, np.int32).reshape(-1, 2),
+            np.array(self.pool, np.int32).reshape(-1, 4),
+            np.array(self.tile, np.int32).reshape(-1, 5),
+            np.array(self.run, np.int32).reshape(-1, 4),
+            np.array(self.index, np.int32),
+            np.array(self.mask, np.uint64),
+            length=self.L,
+            regions=self.R,
+            scratch=self.scratch,
+            is_causal=is_causal,
+            pooling="first" if parts.pick else parts.pooling,
+            size_bias=parts.size_bias,
+            weighted=parts.weighted,
+        )
+
+    def row_list(self, rows: list[int]) -> tuple[int, int, int]:
+        steps = set(np.diff(rows).tolist())
+        if len(rows) > 1 and len(steps) == 1 and 0 not in steps and self.rng.random() < 0.7:
+            return rows[0], steps.pop(), len(rows)
+        if len(rows) == 1 and self.rng.random() < 0.5:
+            return rows[0], 1, 1
+        self.index += rows
+        return len(self.index) - len(rows), 0, len(rows)
+
+    def start_wave(self) -> None:
+        self.wave.append(len(self.task))
+
+    def start_task(self) -> None:
+        self.task.append((len(self.pool), len(self.tile)))
+
+    def summarize(self) -> None:
+        """A wave for each depth of nesting, and sometimes a second one that goes on with the same queries."""
+        positions = below(self.parts, self.L)
+        depth = {}
+        for r, members in enumerate(self.parts.members):
+            depth[r] = 1 + max((depth[t - self.L] for t in members if t >= self.L), default=0)
+        needed = {r for rows in self.parts.regions for r in rows}
+        for r in reversed(range(self.R)):
+            needed |= {t - self.L for t in self.parts.members[r] if t >= self.L} if r in needed else set()
+        for level in sorted(set(depth.values())):
+            regions = [r for r in range(self.R) if depth[r] == level and positions[r]]
+            wanted = {
+                self.L + r: [t for t in self.parts.members[r] if t < self.L or positions[t - self.L]]
+                for r in regions
+                if r in needed
+            }
+            first, then = self.halves(wanted)
+            self.start_wave()
+            for group in self.groups(regions, 5):
+                self.start_task()
+                scratch = self.L + self.R
+                for r in group:
+                    scratch = self.pool_region(r, positions[r], scratch)
+                self.tiles({row: first[row] for r in group if (row := self.L + r) in first})
+            self.start_wave()
+            for group in self.groups(list(then), 9):
+                self.start_task()
+                self.tiles({row: then[row] for row in group})
+
+    def pool_region(self, r: int, positions: list[int], scratch: int) -> int:
+        """From its positions, some of them through scratch rows that stand in their order; or from its members."""
+        children = list(self.parts.pick[r]) if self.parts.pick else list(positions)
+        members = self.parts.members[r]
+        if not self.parts.pick and min(members) >= self.L and self.rng.random() < 0.5:
+            children = [t for t in members if below(self.parts, self.L)[t - self.L]]
+        while len(children) > 1 and self.rng.random() < 0.5:
+            a, b = sorted(self.rng.choice(len(children) + 1, 2, replace=False).tolist())
+            self.pool.append((scratch, *self.row_list(children[a:b])))
+            children[a:b] = [scratch]
+            scratch += 1
+        self.scratch = max(self.scratch, scratch - self.L - self.R)
+        self.pool.append((self.L + r, *self.row_list(children)))
+        return scratch
+
+    def attend(self) -> None:
+        positions = below(self.parts, self.L)
+        regions = [[self.L + r for r in rows if positions[r]] for rows in self.parts.regions]
+        for wanted in self.halves({i: self.parts.direct[i] + regions[i] for i in range(self.L)}):
+            self.start_wave()
+            for group in self.groups(list(wanted), 70):
+                self.start_task()
+                self.tiles({row: wanted[row] for row in group})
+
+    def halves(self, wanted: dict[int, list[int]]) -> tuple[dict, dict]:
+        """Some of each query's rows now and the others in the next wave; or all of them now."""
+        share = self.rng.choice([1.0, 0.6])
+        first, then = {}, {}
+        for row, keys in wanted.items():
+            now = self.rng.random(len(keys)) < share
+            first[row] = [key for key, x in zip(keys, now, strict=True) if x]
+            then[row] = [key for key, x in zip(keys, now, strict=True) if not x]
+        return first, {row: keys for row, keys in then.items() if keys}
+
+    def groups(self, rows: list[int], most: int) -> list[list[int]]:
+        if self.rng.random() < 0.5:
+            self.rng.shuffle(rows)
+        size = int(self.rng.integers(1, most))
+        return [rows[n : n + size] for n in range(0, len(rows), size)]
+
+    def tiles(self, wanted: dict[int, list[int]]) -> None:
+        queries = list(wanted)
+        while queries:
+            width = int(self.rng.choice([1, 16, 32, 48, 64]))
+            count = min(len(queries), int(self.rng.integers(1, width + 1)))
+            lanes, queries = queries[:count], queries[count:]
+            entries = {}  # (row, the how manieth of its kind) -> lanes
+            for t, query in enumerate(lanes):
+                for n, row in enumerate(sorted(wanted[query])):
+                    key = row, sorted(wanted[query])[:n].count(row)
+                    entries[key] = entries.get(key, 0) | 1 << t
+            rows = list(entries.items())
+            self.rng.shuffle(rows)
+            for part in np.array_split(np.arange(len(rows)), self.rng.integers(1, 4)):
+                self.one_tile(lanes, [(rows[n][0][0], int(rows[n][1])) for n in part], width)
+
+    def one_tile(self, lanes: list[int], rows: list[tuple[int, int]], width: int) -> None:
+        if not rows:
+            return
+        self.tile.append((*self.row_list(lanes), len(self.run), width))
+        full = [row for row, mask in rows if mask == (1 << len(lanes)) - 1 and self.rng.random() < 0.7]
+        kept = list(full)
+        masked = [(row, mask) for row, mask in rows if row not in kept or kept.remove(row)]
+        if full:
+            self.run.append((*self.row_list(full), -1))
+        if masked:
+            self.run.append((*self.row_list([row for row, _ in masked]), len(self.mask)))
+            self.mask += [mask for _, mask in masked]
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_random_arrays(seed):
+    rng = np.random.default_rng([seed, 1])
+    is_causal = bool(rng.integers(2))
+    parts = random_parts(
+        rng,
+        L=int(rng.integers(1, 100)),
+        R=int(rng.integers(0, 30)),
+        is_causal=is_causal,
+        pick=bool(rng.random() < 0.3),
+        weighted=bool(rng.random() < 0.3),
+        pooling=rng.choice(["max", "mean", "sum"]).item(),
+        size_bias=bool(rng.integers(2)),
+    )
+    Hk, group = rng.integers(1, 3, 2).tolist()
+    masked, given = rng.choice([0, 0, 0.3, 0.8]), rng.choice(["", "", "query", "key", "query key"])
+    case = Case(
+        "arrays", len(parts.direct), 1, Hk * group, Hk, 5, 7, is_causal, masked=float(masked), given=given.item()
+    )
+    problem = draw(rng, parts, case)
+    plan = Arrays(rng, parts, is_causal).plan
+    for _ in each_isa():
+        check(problem, plan)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_plan_for_every_key_head(seed):
+    """Each batch entry and key head its own plan, with R the largest: the rows past a plan's own are left alone."""
+    rng = np.random.default_rng(seed)
+    B, Hk, L, is_causal = 2, 2, 50, bool(seed % 2)
+    each = [random_parts(rng, L, int(R), is_causal) for R in rng.integers(0, 20, B * Hk)]
+    plans = tuple(plan_of(parts, is_causal) for parts in each)
+    q, grad_out = rng.standard_normal((2, B, 2 * Hk, L, 6))
+    k, v = rng.standard_normal((2, B, Hk, L, 6))
+    R = max(len(parts.members) for parts in each)
+    region_key = rng.standard_normal((B, Hk, R, 6)) if seed % 3 else None
+    out, saved = combiner.attention_forward(q, k, v, plans, region_key=region_key)
+    gradients = combiner.attention_backward(grad_out, saved)
+    summary = combiner.summarize(q, k, v, plans, region_key=region_key)
+    for n, parts in enumerate(each):
+        b, h = divmod(n, Hk)
+        group, own = (slice(b, b + 1), slice(2 * h, 2 * h + 2)), (slice(b, b + 1), slice(h, h + 1))
+        R = len(parts.members)
+        given = None if region_key is None else region_key[own][:, :, :R]
+        expected, exact = combiner.reference.attention_forward(q[group], k[own], v[own], parts, region_key=given)
+        close(out[group], expected, 1e-11, "out")
+        derivatives = combiner.reference.attention_backward(grad_out[group], exact)
+        for name, where in (("query", group), ("key", own), ("value", own)):
+            close(getattr(gradients, name)[where], getattr(derivatives, name), 1e-10, name)
+        if given is not None:
+            close(gradients.region_key[own][:, :, :R], derivatives.region_key, 1e-10, "region_key")
+            assert not gradients.region_key[own][:, :, R:].any()
+        shorter = combiner.reference.summarize(q[group], k[own], v[own], parts, region_key=given)
+        for name, where in (("key", own), ("value", group), ("lse", group)):
+            rows = getattr(summary, name)[where]
+            close(rows[:, :, :R], getattr(shorter, name), 1e-11, name)
+            assert (rows[:, :, R:] == (-np.inf if name == "lse" else 0)).all(), name
+
+
+@st.composite
+def small_parts(draw):
+    """Few positions and everything that lists may do: repeats, orders, holes, nests."""
+    L, R = draw(st.integers(1, 6)), draw(st.integers(0, 4))
+    is_causal = draw(st.booleans())
+    rows = [[j] for j in range(L)]
+    members = []
+    for r in range(R):
+        members.append(draw(st.lists(st.integers(0, L + r - 1), max_size=4)))
+        rows.append([j for t in members[-1] for j in rows[t]])
+    direct, regions = [], []
+    for i in range(L):
+        support = range(i + 1 if is_causal else L)
+        seen = [r for r in range(R) if all(j in support for j in rows[L + r])]
+        direct.append(draw(st.lists(st.sampled_from(support), max_size=3)))
+        regions.append(draw(st.lists(st.sampled_from(seen), max_size=3)) if seen else [])
+    pooling, size_bias = draw(st.sampled_from(["max", "mean", "sum"])), draw(st.booleans())
+    return combiner.reference.Parts(direct, regions, members, pooling, size_bias), is_causal
+
+
+@settings(max_examples=150)
+@given(small_parts(), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.4]), st.booleans())
+def test_small_parts(parts_and_direction, seed, masked, ties):
+    parts, is_causal = parts_and_direction
+    case = Case("small", len(parts.direct), Hq=2, Hk=1, D=3, Dv=2, is_causal=is_causal, masked=masked)
+    problem = draw(np.random.default_rng(seed), parts, case)
+    if ties:
+        q, k, v = problem.inputs
+        problem = type(problem)((np.sign(q), np.sign(k), v), parts, problem.options, problem.grad_out, problem.grad_lse)
+    check(problem, plan_of(parts, is_causal))

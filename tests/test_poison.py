@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A NaN or an infinity reaches what depends on it, as the reference says, and moves no bit of anything else."""
+
+import numpy as np
+import pytest
+from cases import each_isa
+
+import combiner
+from combiner import Dense, Fixed, LogSparse, reference
+
+L = 39
+PATTERNS = [Dense(), Fixed(6), Fixed(6, pooling="mean"), LogSparse(), LogSparse(hierarchical=True), Fixed(6).sparse()]
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+both_directions = pytest.mark.parametrize("is_causal", (True, False))
+
+
+def depends(pattern, is_causal: bool, tensor: int) -> np.ndarray:
+    """[i, j]: whether query i reads position j of query (0), key (1) or value (2), directly or through a region."""
+    parts = reference.parts(pattern, L, is_causal)
+    below = [{j} for j in range(L)]
+    for members in parts.members:
+        below.append(set().union(*(below[m] for m in members)))
+    reads = np.zeros((L, L), bool)
+    for i in range(L):
+        reads[i, i if tensor == 0 else parts.direct[i]] = True
+        for r in parts.regions[i]:
+            reads[i, list(below[L + r])] = True
+    return reads
+
+
+def backward(module, inputs, pattern, is_causal):
+    """out, lse and the gradients of a module's attention."""
+    with np.errstate(all="ignore"):
+        out, saved = module.attention_forward(*inputs, pattern, is_causal=is_causal)
+        grad_out = np.cos(np.arange(out[0].size)).astype(out.dtype).reshape(out[0].shape)
+        gradients = module.attention_backward(np.broadcast_to(grad_out, out.shape), saved)
+        return out, saved["lse"], *gradients[:3]
+
+
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+@pytest.mark.parametrize("tensor", (0, 1, 2), ids=("query", "key", "value"))
+@both_directions
+@every_pattern
+def test_poison(rng, pattern, is_causal, tensor, dtype):
+    """The poisoned positions, one to a batch entry, and a clean entry before them."""
+    poisons = [(j, poison) for j in range(L) for poison in (np.nan, np.inf, -np.inf)]
+    if dtype == np.float64:
+        poisons = poisons[::4]
+    clean = [rng.standard_normal((1, 1, L, 4)).astype(dtype) for _ in range(3)]
+    inputs = [np.repeat(x, 1 + len(poisons), axis=0) for x in clean]
+    for n, (j, poison) in enumerate(poisons):
+        inputs[tensor][1 + n, 0, j, j % 4] = poison
+    reads, keys = depends(pattern, is_causal, tensor), depends(pattern, is_causal, 1)
+    expected = backward(reference, inputs, pattern, is_causal)
+    for isa in each_isa():
+        actual = backward(combiner, inputs, pattern, is_causal)
+        for name, x, exact in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
+            spoiled, exactly = (~np.isfinite(y.reshape(1 + len(poisons), L, -1)).all(-1) for y in (x, exact))
+            for n, (j, poison) in enumerate(poisons):
+                wrong = np.flatnonzero(spoiled[1 + n] != exactly[1 + n])
+                assert not len(wrong), f"{isa}: {poison} at {j}: rows {wrong} of {name}"
+        for n, (j, poison) in enumerate(poisons):
+            kept = ~reads[:, j]  # the queries that do not read the position
+            untouched = kept & ~keys[reads[:, j]].any(axis=0)  # and the positions that no other query reads
+            for x, rows in zip(actual, (kept, kept, untouched, untouched, untouched), strict=True):
+                assert x[1 + n, 0, rows].tobytes() == x[0, 0, rows].tobytes(), f"{isa}: {poison} at {j}"
+
+
+@pytest.mark.parametrize("poison", (np.nan, np.inf, -np.inf), ids=str)
+@both_directions
+@every_pattern
+def test_masked_poison_reaches_nothing(rng, pattern, is_causal, poison):
+    """Masked keys and values are never read, nor are masked queries by a pool; gradients neither."""
+    mask = rng.random(L) < 0.6
+    for dtype in (np.float32, np.float64):
+        q, k, v, grad_out = rng.standard_normal((4, 2, L, 5)).astype(dtype)
+        options = {"is_causal": is_causal, "key_mask": mask}
+
+        def everything(q, k, v, options=options, grad_out=grad_out):
+            out, saved = combiner.attention_forward(q, k, v, pattern, **options)
+            return out, saved["lse"], *combiner.attention_backward(grad_out, saved)[:3]
+
+        for _ in each_isa():
+            clean = everything(q, k, v)
+            poisoned = [np.where(mask[:, None], x, poison).astype(dtype) for x in (k, v)]
+            for x, y in zip(everything(q, *poisoned), clean, strict=True):
+                assert x.tobytes() == y.tobytes()
+            assert not clean[3][:, ~mask].any() and not clean[4][:, ~mask].any()
+            # A masked position's own query still attends: its poison stays in its own row.
+            q_poisoned = np.where(mask[:, None], q, poison).astype(dtype)
+            out = combiner.attention(q_poisoned, k, v, pattern, **options)
+            assert out[:, mask].tobytes() == clean[0][:, mask].tobytes()
+
+
+@both_directions
+@every_pattern
+def test_nothing_to_attend_to(pattern, is_causal):
+    """Fully masked: zeros, -inf and zero gradients, whatever lies under the mask."""
+    for dtype in (np.float32, np.float64):
+        q = k = v = np.full((2, 3, L, 4), np.nan, dtype)
+        q = np.ones_like(q)
+        mask = np.zeros((2, L), bool)
+        mask[1, 20:] = True
+        k, v = (np.where(mask[:, None, :, None], x, np.nan).astype(dtype) for x in (q, q))
+        out, saved = combiner.attention_forward(q, k, v, pattern, is_causal=is_causal, key_mask=mask)
+        gradients = combiner.attention_backward(q, saved, grad_lse=np.ones((2, 3, L), dtype))
+        assert not out[0].any() and np.isneginf(saved["lse"][0]).all()
+        assert all(not x[0].any() and np.isfinite(x).all() for x in gradients[:3])
+        if is_causal:
+            assert not out[1, :, :20].any() and np.isneginf(saved["lse"][1, :, :20]).all()
+            assert not any(x[1, :, :20].any() for x in gradients[:3])
+        assert (out[1, :, 20:] == 1).all() or not pattern.plan(L, is_causal).is_full
+
+
+@both_directions
+@every_pattern
+def test_all_logits_minus_infinity_are_nan(pattern, is_causal):
+    """As in dense attention: there is something to attend to, and no weight to give it."""
+    q, v = np.ones((L, 1)), np.ones((L, 1))
+    k = np.full((L, 1), -np.inf)
+    out = combiner.attention(q, k, v, pattern, is_causal=is_causal)
+    assert np.isnan(out).all()
+
+
+@every_pattern
+def test_subnormals_and_negative_zeros(rng, pattern):
+    for dtype in (np.float32, np.float64):
+        tiny = np.finfo(dtype).smallest_subnormal
+        q, k, v = (rng.choice([-0.0, 0.0, tiny, -tiny, 1.0], (L, 4)).astype(dtype) for _ in range(3))
+        for isa in each_isa():
+            out = combiner.attention(q, k, v, pattern)
+            np.testing.assert_allclose(out, reference.attention(q, k, v, pattern), rtol=0, atol=1e-6, err_msg=isa)
