@@ -11,6 +11,9 @@
 
 #define NPY_TARGET_VERSION NPY_1_23_API_VERSION
 #include <numpy/arrayobject.h>
+#if NPY_ABI_VERSION < 0x02000000
+#error "build with NumPy 2.0 or later; what is built runs with NumPy 1.26 too"
+#endif
 
 #include <math.h>
 #include <stdatomic.h>

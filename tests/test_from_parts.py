@@ -31,6 +31,10 @@ def check(problem, plan) -> None:
         judge.accepts_forward(out)
         judge.accepts_backward(combiner.attention_backward(p.grad_out, saved, grad_lse=p.grad_lse))
         summary = combiner.summarize(*p.inputs, plan, **p.options)
+        expected = combiner.reference.summarize(*p.inputs, problem.pattern, **p.options)
+        for name, x, exact in zip(summary._fields, summary, expected, strict=True):
+            size = 1 + np.abs(np.where(np.isfinite(exact), exact, 0)).max(initial=0)
+            close(x, exact, (1e-10 if dtype == np.float64 else 1e-4) * size, f"summary {name}")
         rest = {name: x for name, x in p.options.items() if not name.startswith("region")}
         judge.accepts_forward(*combiner.attend(*p.inputs, *summary[:2], plan, return_lse=True, **rest))
 
@@ -225,8 +229,9 @@ def test_random_arrays(seed):
     )
     Hk, group = rng.integers(1, 3, 2).tolist()
     masked, given = rng.choice([0, 0, 0.3, 0.8]), rng.choice(["", "", "query", "key", "query key"])
+    D, Dv = rng.choice([1, 5, 16, 33, 70], 2).tolist()
     case = Case(
-        "arrays", len(parts.direct), 1, Hk * group, Hk, 5, 7, is_causal, masked=float(masked), given=given.item()
+        "arrays", len(parts.direct), 1, Hk * group, Hk, D, Dv, is_causal, masked=float(masked), given=given.item()
     )
     problem = draw(rng, parts, case)
     plan = Arrays(rng, parts, is_causal).plan
