@@ -52,7 +52,10 @@ class AttendGradients(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Stage 1: k_R `[..., Hk or Hq, R, D]`, h_R `[..., Hq, R, Dv]` and the log normaliser of p(. | R) `[..., Hq, R]`."""
+    """Stage 1: k_R `[..., Hk or Hq, R, D]`, h_R `[..., Hq, R, Dv]`, and the log normaliser of p(m | R) `[..., Hq, R]`.
+
+    The key has Hq heads where the parts are weighted, or as many as a given region_key.
+    """
 
     key: np.ndarray
     value: np.ndarray
@@ -276,7 +279,7 @@ class _Head:
         self.dQ, self.dK, self.dV = np.zeros_like(self.Q), np.zeros_like(self.K), np.zeros_like(self.V)
 
     def weights(self) -> np.ndarray:
-        """The effective attention (eq 8): p(j | i), the product of probabilities down every path from i to j, summed."""
+        """The effective attention p(j | i) (eq 8): the products of probabilities down each path from i to j, summed."""
         W = np.eye(self.L + self.R, self.L)
         for r in self.summarised:
             W[r] = self.p[r] @ W[self.rows[r]]

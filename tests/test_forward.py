@@ -11,9 +11,6 @@ import combiner
 from combiner import Dense, Fixed, LogSparse, reference
 
 
-LONG = [(Fixed(600), 1900), (Fixed(), 1100), (LogSparse(), 4300), (LogSparse(hierarchical=True), 4300), (Dense(), 700)]
-
-
 @pytest.mark.parametrize("case", grid(), ids=str)
 def test_attention(case):
     judge = Judge(problem(case))
@@ -125,10 +122,13 @@ def test_largest_sizes(rng):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_causal", (True, False))
-@pytest.mark.parametrize("pattern", LONG, ids=lambda pattern: f"{pattern[0]}-{pattern[1]}")
-def test_long(rng, pattern, is_causal):
+@pytest.mark.parametrize(
+    "pattern, L",
+    [(Fixed(600), 1900), (Fixed(), 1100), (LogSparse(), 4300), (LogSparse(hierarchical=True), 4300), (Dense(), 700)],
+    ids=str,
+)
+def test_long(rng, pattern, L, is_causal):
     """Beyond the sizes of tasks and of LogSparse's chunks, forward and backward."""
-    pattern, L = pattern
     q, k, v, grad_out = rng.standard_normal((4, 1, 2, L, 4))
     out, saved = combiner.attention_forward(q, k[:, :1], v[:, :1], pattern, is_causal=is_causal)
     expected, exact = reference.attention_forward(q, k[:, :1], v[:, :1], pattern, is_causal=is_causal)

@@ -136,6 +136,8 @@ class Arrays:
                 self.start_task()
                 scratch = self.L + self.R
                 for r in group:
+                    if self.rng.random() < 0.5:  # or write the same ones again
+                        scratch = self.L + self.R
                     scratch = self.pool_region(r, positions[r], scratch)
                 self.tiles({row: first[row] for r in group if (row := self.L + r) in first})
             self.start_wave()
@@ -203,9 +205,12 @@ class Arrays:
         if not rows:
             return
         self.tile.append((*self.row_list(lanes), len(self.run), width))
-        full = [row for row, mask in rows if mask == (1 << len(lanes)) - 1 and self.rng.random() < 0.7]
-        kept = list(full)
-        masked = [(row, mask) for row, mask in rows if row not in kept or kept.remove(row)]
+        everyone, full, masked = (1 << len(lanes)) - 1, [], []
+        for row, mask in rows:
+            if mask == everyone and self.rng.random() < 0.7:
+                full.append(row)
+            else:
+                masked.append((row, mask))
         if full:
             self.run.append((*self.row_list(full), -1))
         if masked:
