@@ -2,7 +2,8 @@
 """What happens when: faults and invariances, ours beside PyTorch's scaled_dot_product_attention, as a table.
 
 Each cell is a process of its own with a time limit, so that a hang or a crash is an answer too. Both libraries compute
-the same function, causal dense attention, in float32 with two threads. Exits with 1 when one of ours is not as it should.
+the same function, causal dense attention, in float32 with two threads. Exits with 1 when one of ours is not as it
+should be.
 """
 
 from __future__ import annotations

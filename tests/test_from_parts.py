@@ -211,6 +211,8 @@ class Arrays:
                 full.append(row)
             else:
                 masked.append((row, mask))
+                if self.rng.random() < 0.1:  # a row that no lane sees
+                    masked.append((int(self.rng.integers(self.L)), 0))
         if full:
             self.run.append((*self.row_list(full), -1))
         if masked:

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Threads, forks, floating-point modes and the end of the process: the same bits, no hang, nothing changed outside."""
 
-import ctypes
-import multiprocessing
 import os
-import platform
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
-from fresh import fresh_process, run_python
+from fresh import fresh_process
 
 import combiner
 from combiner import Dense, Fixed, LogSparse, _core
@@ -123,9 +118,6 @@ def right_in_a_child(arrays, expected, inside=lambda: None) -> None:
 def test_fork_before_and_after_use_and_nested(threads):
     combiner.set_num_threads(threads)
     arrays = draw()
-    code = "from test_threads import *; combiner.set_num_threads(1); print([[hash(b) for b in x] for x in run_all(draw())])"
-    alone = run_python(code, PYTHONHASHSEED="0")
-    children = []
     child = os.fork()
     if child == 0:
         signal.alarm(10)
@@ -133,7 +125,6 @@ def test_fork_before_and_after_use_and_nested(threads):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     expected = run_all(arrays)
-    del alone, children
     for _ in range(5):
         right_in_a_child(arrays, expected, lambda: right_in_a_child(arrays, expected))
         assert run_all(arrays) == expected

@@ -371,9 +371,8 @@ static void T(check_softmax_backward)(int n, int width, int lane0, bool masked, 
                       context);
             else if (i != odd || (mask && !(mask[i / width] >> t & 1)))
                 T(check_derivative)
-                (isa, i, s[i], dp[i], lse2[t], delta[t], factor, !mask || mask[i / width] >> t & 1, p[i], ds[i]);
-            else
-                CHECK(!isfinite(ds[i]), "%s [%lld]: %s", isas[isa].name, (long long)i, context);
+            (isa, i, s[i], dp[i], lse2[t], delta[t], factor, !mask || mask[i / width] >> t & 1, p[i], ds[i]);
+            else CHECK(!isfinite(ds[i]), "%s [%lld]: %s", isas[isa].name, (long long)i, context);
         }
         T(digest)(p, size);
         T(digest)(ds, size);
