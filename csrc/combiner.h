@@ -60,7 +60,7 @@ typedef struct {
 } cmb_list;
 
 /* Writes the abstraction (q_R and k_R) of `row`, L <= row < L + R + N, from its children: positions, or
- * rows pooled earlier, in position order. Scratch rows live as long as their task. */
+ * rows pooled earlier, in position order. Scratch rows live as long as their task, which writes each once. */
 typedef struct {
     int32_t row;
     cmb_list child;

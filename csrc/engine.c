@@ -380,8 +380,17 @@ static void forward(schedule *run) {
 
 /* ---- backward ----------------------------------------------------------------------------------- */
 
+/* Zeros, some rows at a time: the first touch of new memory is slow enough for Ctrl-C to be waited for. */
+static void clear(const schedule *run, cmb_rows rows, int64_t n, int64_t dim, int worker) {
+    enum { SLICE = 4096 };
+    for (int64_t x = 0; x < n && !cmb_cancelled(run->cancel, worker); x += SLICE) {
+        const int64_t at = x * rows.row * (int64_t)run->stage->size;
+        run->stage->clear(dense((char *)rows.data + at, rows.row), n - x < SLICE ? n - x : SLICE, dim);
+    }
+}
+
 /* Where a head's gradients go; those that query heads of a group share are cleared by the first of them. */
-static void begin_gradients(const schedule *run, cmb_head *head, const tables *t, int64_t b, int64_t h) {
+static void begin_gradients(const schedule *run, cmb_head *head, const tables *t, int64_t b, int64_t h, int worker) {
     const cmb_problem *p = run->problem;
     const cmb_gradients *g = run->gradients;
     const cmb_stage_table *stage = run->stage;
@@ -393,17 +402,17 @@ static void begin_gradients(const schedule *run, cmb_head *head, const tables *t
     head->grad.value = head_of(p, &g->value, stage->size, b, h);
     head->grad.out = head_of(p, &g->out, stage->size, b, h);
     head->grad.lse = head_of(p, &g->lse, stage->size, b, h);
-    stage->clear(head->grad.query, p->L, p->D);
+    clear(run, head->grad.query, p->L, p->D, worker);
     if (first) {
-        stage->clear(head->grad.key, p->L, p->D);
-        stage->clear(head->grad.value, p->L, p->Dv);
+        clear(run, head->grad.key, p->L, p->D, worker);
+        clear(run, head->grad.value, p->L, p->Dv, worker);
     }
     if (!summarize) {
         head->grad.region_key = head_of(p, &g->summary_key, stage->size, b, h);
         head->grad.region_value = head_of(p, &g->summary_value, stage->size, b, h);
         if (first || p->summary_key.heads == p->Hq)
-            stage->clear(head->grad.region_key, R, p->D);
-        stage->clear(head->grad.region_value, R, p->Dv);
+            clear(run, head->grad.region_key, R, p->D, worker);
+        clear(run, head->grad.region_value, R, p->Dv, worker);
         return;
     }
     const bool given_key = p->region_key.data != NULL;
@@ -414,7 +423,7 @@ static void begin_gradients(const schedule *run, cmb_head *head, const tables *t
         p->region_query.data ? head_of(p, &g->region_query, stage->size, b, h) : dense(t->query_grad, p->D);
     head->grad.region_key = given_key ? head_of(p, &g->region_key, stage->size, b, h) : dense(t->key_grad, p->D);
     head->grad.region_value = dense(t->value_grad, p->Dv);
-    stage->clear(head->grad.region_query, R, p->D);
+    clear(run, head->grad.region_query, R, p->D, worker);
     if (own_key)
         stage->begin_gradient(R, head->region_lse, enters ? head_of(p, &g->summary_key, stage->size, b, h) : nothing,
                               p->D, head->grad.region_key);
@@ -430,9 +439,9 @@ static void backward_unit(void *context, int64_t unit, int worker) {
     cmb_scratch *scratch = run->scratch[worker];
     for (int64_t h = hk * group; h < (hk + 1) * group; h++) {
         cmb_head head = make_head(run, t, b, h);
-        begin_gradients(run, &head, t, b, h);
+        begin_gradients(run, &head, t, b, h, worker);
         clear_counts(&head);
-        for (int32_t task = 0; task < head.plan->tasks; task++)
+        for (int32_t task = 0; task < head.plan->tasks && !cmb_cancelled(run->cancel, worker); task++)
             run->stage->pool(&head, task, scratch);
         for (int32_t wave = head.plan->waves - 1; wave >= 0; wave--)
             for (int32_t task = head.plan->wave[wave + 1] - 1; task >= head.plan->wave[wave]; task--) {

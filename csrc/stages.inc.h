@@ -274,8 +274,6 @@ static void pool_table_backward(const cmb_head *head, const cmb_pool *pool, cmb_
             add_row(w, head->D, mean ? w->weight[t] / (REAL)total : 1, grad, w->child_grad[t]);
         }
     }
-    if (pool->row >= head->L + head->plan->R) /* a scratch row may be written again by an earlier step */
-        memset(grad, 0, (size_t)head->D * sizeof(REAL));
 }
 
 static void pool_backward(const cmb_head *head, int32_t task, cmb_scratch *w) {

@@ -136,8 +136,6 @@ class Arrays:
                 self.start_task()
                 scratch = self.L + self.R
                 for r in group:
-                    if self.rng.random() < 0.5:  # or write the same ones again
-                        scratch = self.L + self.R
                     scratch = self.pool_region(r, positions[r], scratch)
                 self.tiles({row: first[row] for r in group if (row := self.L + r) in first})
             self.start_wave()
@@ -244,6 +242,24 @@ def test_random_arrays(seed):
     plan = Arrays(rng, parts, is_causal).plan
     for _ in each_isa():
         check(problem, plan)
+
+
+def test_a_scratch_row_is_written_once():
+    """Backward pools a task again, whole: an earlier value of a row would be lost."""
+    L, region, scratch = 4, 4, 6
+    arrays = {
+        "wave": [0, 1],
+        "task": [[0, 0], [4, 0]],
+        "pool": [[scratch, 0, 1, 2], [region, scratch, 1, 1], [scratch, 2, 1, 2], [region + 1, scratch, 1, 1]],
+        "tile": [[0, 1, 0, 0, 0]],
+        "run": np.zeros((0, 4), np.int32),
+        "index": np.zeros(0, np.int32),
+        "mask": np.zeros(0, np.uint64),
+    }
+    with pytest.raises(ValueError, match="scratch row 0 a second time"):
+        Plan.from_arrays(**arrays, length=L, regions=2, scratch=1)
+    arrays["pool"][2][0] = arrays["pool"][3][1] = scratch + 1
+    assert [rows.tolist() for rows in Plan.from_arrays(**arrays, length=L, regions=2, scratch=2).regions] == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize("seed", range(10))

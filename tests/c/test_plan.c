@@ -798,6 +798,11 @@ static void test_check_refuses(void) {
     damage(&plan->pool[1].row, 100);
     expect_broken(plan, "pool 1 writes region 0 a second time");
     plan = make_writable(FIXED, 100, true);
+    damage(&plan->N, 1);
+    damage(&plan->pool[0].row, 100 + plan->R);
+    damage(&plan->pool[1].row, 100 + plan->R);
+    expect_broken(plan, "pool 1 writes scratch row 0 a second time in its task");
+    plan = make_writable(FIXED, 100, true);
     damage(&plan->pool[1].child.count, 200);
     expect_broken(plan, "pool 1: its children lie outside the table");
     plan = make_writable(FIXED, 100, true);
