@@ -139,7 +139,8 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(args.results.read_text())
     print(tables(results))
-    plot(results, args.plot or args.results.with_suffix(".png"))
+    if results["growth"]:
+        plot(results, args.plot or args.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -74,11 +74,13 @@ static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *
                         (long long)p->Hq, (long long)p->Hk);
     if (!isfinite(p->scale))
         return cmb_fail(error, CMB_ERR_VALUE, "scale must be finite, got %g", p->scale);
-    int64_t heads, rows;
+    int64_t heads, rows, key_heads;
     if (__builtin_mul_overflow(p->B, p->Hq, &heads) || __builtin_mul_overflow(heads, p->L, &rows))
         return cmb_fail(error, CMB_ERR_OVERFLOW, "B * Hq * L does not fit in 64 bits");
-    if (p->plans != 1 && p->plans != p->B * p->Hk)
-        return cmb_fail(error, CMB_ERR_VALUE, "plans must be 1 or B * Hk = %lld, got %lld", (long long)(p->B * p->Hk),
+    if (__builtin_mul_overflow(p->B, p->Hk, &key_heads))
+        return cmb_fail(error, CMB_ERR_OVERFLOW, "B * Hk does not fit in 64 bits");
+    if (p->plans != 1 && p->plans != key_heads)
+        return cmb_fail(error, CMB_ERR_VALUE, "plans must be 1 or B * Hk = %lld, got %lld", (long long)key_heads,
                         (long long)p->plans);
     for (int64_t i = 0; i < p->plans; i++) {
         const cmb_plan *plan = p->plan[i], *first = p->plan[0];
@@ -127,7 +129,8 @@ static cmb_status check_gradients(const cmb_problem *p, const cmb_gradients *g, 
             TRY(check_array("gradient of lse", &g->lse, p, p->Hq, p->L, 1, error));
     }
     if (p->stages == CMB_ATTEND || g->summary_key.data)
-        TRY(check_array("gradient of summary_key", &g->summary_key, p, p->summary_key.heads, R, p->D, error));
+        TRY(check_array("gradient of summary_key", &g->summary_key, p,
+                        p->summary_key.data ? p->summary_key.heads : either(&g->summary_key, p), R, p->D, error));
     if (p->stages == CMB_ATTEND || g->summary_value.data)
         TRY(check_array("gradient of summary_value", &g->summary_value, p, p->Hq, R, p->Dv, error));
     if (p->stages != CMB_ATTEND && p->region_query.data)

@@ -259,7 +259,10 @@ def test_a_scratch_row_is_written_once():
     with pytest.raises(ValueError, match="scratch row 0 a second time"):
         Plan.from_arrays(**arrays, length=L, regions=2, scratch=1)
     arrays["pool"][2][0] = arrays["pool"][3][1] = scratch + 1
-    assert [rows.tolist() for rows in Plan.from_arrays(**arrays, length=L, regions=2, scratch=2).regions] == [[0, 1], [2, 3]]
+    assert [rows.tolist() for rows in Plan.from_arrays(**arrays, length=L, regions=2, scratch=2).regions] == [
+        [0, 1],
+        [2, 3],
+    ]
 
 
 @pytest.mark.parametrize("seed", range(10))
