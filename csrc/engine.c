@@ -419,19 +419,18 @@ static void begin_gradients(const schedule *run, cmb_head *head, const tables *t
         return;
     }
     const bool given_key = p->region_key.data != NULL;
-    const bool own_key = !given_key || first || p->region_key.heads == p->Hq;
-    /* k_R of Hk heads is one thing, so its gradient enters once a group. */
+    const bool shared_key = given_key && !first && p->region_key.heads != p->Hq;
+    /* A summary_key of Hk heads is one thing to a group, so its gradient enters once. */
     const bool enters = g->summary_key.data && h % (p->Hq / g->summary_key.heads) == 0;
     head->grad.region_query =
         p->region_query.data ? head_of(p, &g->region_query, stage->size, b, h) : dense(t->query_grad, p->D);
     head->grad.region_key = given_key ? head_of(p, &g->region_key, stage->size, b, h) : dense(t->key_grad, p->D);
     head->grad.region_value = dense(t->value_grad, p->Dv);
     clear(run, head->grad.region_query, R, p->D, worker);
-    if (own_key)
-        stage->begin_gradient(R, head->region_lse, enters ? head_of(p, &g->summary_key, stage->size, b, h) : nothing,
-                              p->D, head->grad.region_key);
+    stage->begin_gradient(R, head->region_lse, enters ? head_of(p, &g->summary_key, stage->size, b, h) : nothing, p->D,
+                          head->grad.region_key, shared_key);
     stage->begin_gradient(R, head->region_lse, head_of(p, &g->summary_value, stage->size, b, h), p->Dv,
-                          head->grad.region_value);
+                          head->grad.region_value, false);
 }
 
 static void backward_unit(void *context, int64_t unit, int worker) {

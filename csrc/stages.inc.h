@@ -835,12 +835,13 @@ static void copy_region_keys(const cmb_head *head, int64_t n, cmb_rows to) {
     }
 }
 
-static void begin_gradient(int64_t n, cmb_rows lse, cmb_rows from, int64_t dim, cmb_rows to) {
+static void begin_gradient(int64_t n, cmb_rows lse, cmb_rows from, int64_t dim, cmb_rows to, bool add) {
     for (int64_t x = 0; x < n; x++) {
-        if (!from.data || *at(lse, x) == -infinity)
+        const bool enters = from.data && *at(lse, x) != -infinity;
+        if (!add)
             memset(at(to, x), 0, (size_t)dim * sizeof(REAL));
-        else
-            memcpy(at(to, x), at(from, x), (size_t)dim * sizeof(REAL));
+        for (int64_t d = 0; enters && d < dim; d++)
+            at(to, x)[d] += at(from, x)[d];
     }
 }
 
