@@ -10,6 +10,7 @@
 #include <float.h>
 #include <math.h>
 #include <pthread.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -648,9 +649,9 @@ static request large(pattern which) {
                      .B = 2,
                      .Hq = 4,
                      .Hk = 2,
-                     .L = 301,
-                     .D = 24,
-                     .Dv = 16};
+                     .L = 139,
+                     .D = 40,
+                     .Dv = 24};
 }
 
 static void layouts(void) {
@@ -719,7 +720,7 @@ static void threads(void) {
             CASE("pattern %d threads %d", which, counts[n]);
             f[n] = new_fixture(large((pattern)which));
             CHECK(cmb_set_num_threads(counts[n], NULL) == CMB_OK);
-            for (int again = 0; again < (n ? 5 : 1); again++) {
+            for (int again = 0; again < (n ? 2 : 1); again++) {
                 forward(f[n]);
                 backward(f[n]);
                 check_same_results(f[0], f[n]);
@@ -761,9 +762,9 @@ static void company(void) {
         request asked = large((pattern)which);
         CASE("company in pattern %d", which);
         fixture *all = new_fixture(asked);
-        asked.L = 130;
+        asked.L = 70;
         fixture *prefix = new_fixture(asked);
-        asked.L = 301;
+        asked.L = all->asked.L;
         asked.B = asked.Hq = asked.Hk = 1;
         fixture *one = new_fixture(asked);
         /* the last batch entry's last head */
@@ -777,16 +778,16 @@ static void company(void) {
         forward(all);
         forward(one);
         forward(prefix);
-        for (int64_t x = 0; x < 301; x++)
+        for (int64_t x = 0; x < asked.L; x++)
             CHECK(memcmp(element(all, &all->problem.out, 1, 3, x, 0), element(one, &one->problem.out, 0, 0, x, 0),
                          (size_t)asked.Dv * all->size) == 0,
                   "row %lld: %s", (long long)x, context);
-        check_same(prefix, &prefix->problem.out, all, &all->problem.out, 130, asked.Dv, "out");
-        check_same(prefix, &prefix->problem.lse, all, &all->problem.lse, 130, 1, "lse");
+        check_same(prefix, &prefix->problem.out, all, &all->problem.out, 70, asked.Dv, "out");
+        check_same(prefix, &prefix->problem.lse, all, &all->problem.lse, 70, 1, "lse");
         one->problem.scale *= 1.0001;
         forward(one);
-        CHECK(memcmp(element(all, &all->problem.out, 1, 3, 300, 0), element(one, &one->problem.out, 0, 0, 300, 0),
-                     (size_t)asked.Dv * all->size) != 0,
+        CHECK(memcmp(element(all, &all->problem.out, 1, 3, asked.L - 1, 0),
+                     element(one, &one->problem.out, 0, 0, asked.L - 1, 0), (size_t)asked.Dv * all->size) != 0,
               "%s", context);
         free_fixture(all);
         free_fixture(prefix);
@@ -1250,9 +1251,9 @@ static void *call_many_times(void *argument) {
 }
 
 static void callers_at_once(void) {
-    enum { CALLERS = 5 };
+    enum { CALLERS = 4 };
     CHECK(cmb_set_num_threads(3, NULL) == CMB_OK);
-    for (int which = DENSE; which <= HIERARCHICAL; which++) {
+    for (int which = FIXED; which <= LOGSPARSE; which++) {
         fixture *right = new_fixture(large((pattern)which));
         pthread_t thread[CALLERS];
         caller c[CALLERS];
@@ -1260,7 +1261,7 @@ static void callers_at_once(void) {
         forward(right);
         backward(right);
         for (int n = 0; n < CALLERS; n++) {
-            c[n] = new_caller(right, 4);
+            c[n] = new_caller(right, 2);
             CHECK(pthread_create(&thread[n], NULL, call_many_times, &c[n]) == 0);
         }
         for (int n = 0; n < CALLERS; n++) {
@@ -1275,7 +1276,7 @@ static void callers_at_once(void) {
 /* Children of a process whose pool is at work or at rest compute what their parent does. */
 static void forks(void) {
     fixture *right = new_fixture(large(LOGSPARSE));
-    caller busy = new_caller(right, 12), own = new_caller(right, 1);
+    caller busy = new_caller(right, 6), own = new_caller(right, 1);
     pthread_t thread;
     CASE("forks");
     CHECK(cmb_set_num_threads(3, NULL) == CMB_OK);
@@ -1283,18 +1284,18 @@ static void forks(void) {
     backward(right);
     for (int at_work = 0; at_work < 2; at_work++) {
         CHECK(!at_work || pthread_create(&thread, NULL, call_many_times, &busy) == 0);
-        for (int n = 0; n < 6; n++) {
+        for (int n = 0; n < 4; n++) {
             const pid_t child = fork();
             CHECK(child >= 0);
             if (child == 0) {
                 alarm(30);
                 call_many_times(&own);
-                _exit(7);
+                raise(SIGKILL); /* no exit: a leak checker would find what the parent's threads held */
             }
             call_many_times(&own);
             int status = 0;
-            CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 7, "status %#x",
-                  (unsigned)status);
+            CHECK(waitpid(child, &status, 0) == child && WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
+                  "status %#x", (unsigned)status);
         }
         CHECK(!at_work || pthread_join(thread, NULL) == 0);
     }
