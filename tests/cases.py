@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import combiner
-from combiner import Dense, Fixed, LogSparse, reference
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Tree, reference
 from combiner.reference import Parts
 
 PATTERNS = {
@@ -27,6 +27,19 @@ PATTERNS = {
     "hierarchical": lambda **options: LogSparse(hierarchical=True, **options),
     "sparse fixed": lambda **options: Fixed(16, **options).sparse(),
     "sparse logsparse": lambda **options: LogSparse(**options).sparse(),
+    "vertical": Axial,
+    "horizontal": lambda **options: Axial(order="horizontal", **options),
+    "rowmajor": lambda **options: Axial(order="rowmajor", **options),
+    "rowmajor weighted": lambda **options: Axial(7, "rowmajor", "weighted", **options),
+    "vertical7": lambda **options: Axial(7, **options),
+    "horizontal5": lambda **options: Axial(5, "horizontal", **options),
+    "mixture": AxialMixture,
+    "mixture6": lambda **options: AxialMixture(6, **options),
+    "sparse axial": lambda **options: Axial(7, **options).sparse(),
+    "tree2": lambda **options: Tree(2, **options),
+    "tree3": lambda **options: Tree(3, **options),
+    "tree5.2": lambda **options: Tree(5, 2, **options),
+    "sparse tree": lambda **options: Tree(7, **options).sparse(),
 }
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 53, 64, 97, 130, 211)
 SHAPES = (  # B, Hq, Hk, D, Dv
