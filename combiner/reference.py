@@ -202,11 +202,7 @@ def _axial_parts(pattern: Axial | AxialMixture, length: int, is_causal: bool) ->
             for t in range(L)
         ]
     direct = [
-        [
-            j
-            for j in range(i + 1 if is_causal else L)
-            if row[j] == row[i] or (order != "rowmajor" and col[j] == col[i])
-        ]
+        [j for j in range(i + 1 if is_causal else L) if row[j] == row[i] or (order != "rowmajor" and col[j] == col[i])]
         for i in range(L)
     ]
     regions = [[r for r, is_seen in enumerate(sees) if members[r] and is_seen(i)] for i in range(L)]

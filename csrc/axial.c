@@ -151,7 +151,8 @@ static void build_horizontal(const grid *g) {
     }
 }
 
-/* Rows left + r * m + c and right + r * m + c: row r left and right of column c; a row that ends before it lies left. */
+/* Rows left + r * m + c and right + r * m + c: row r left and right of column c; a row that ends before it lies left.
+ */
 static void summarize_row_halves(const grid *g, int64_t r, int64_t left, int64_t right) {
     cmb_build *build = g->build;
     int64_t length = row_length(g, r), columns = seen_columns(g, r);

@@ -136,8 +136,8 @@ cmb_status cmb_plan_axial(int64_t L, int64_t width, cmb_axial_order order, bool 
 cmb_status cmb_plan_axial_mixture(int64_t L, int64_t width, const cmb_plan_options *options, cmb_plan **plan,
                                   cmb_error *error);
 /* Nodes of level t hold branching^t positions; levels == 0: until one node covers L. branching >= 2. */
-cmb_status cmb_plan_tree(int64_t L, int64_t branching, int64_t levels, const cmb_plan_options *options,
-                         cmb_plan **plan, cmb_error *error);
+cmb_status cmb_plan_tree(int64_t L, int64_t branching, int64_t levels, const cmb_plan_options *options, cmb_plan **plan,
+                         cmb_error *error);
 /* cluster[i], 0 <= cluster[i] < L, is the cluster of position i. */
 cmb_status cmb_plan_routing(int64_t L, const int64_t *cluster, const cmb_plan_options *options, cmb_plan **plan,
                             cmb_error *error);

@@ -104,7 +104,6 @@ static void attend_prefixes(routing *r, int64_t a, int64_t n) {
     cmb_build_masked_run(r->build, cmb_cut(row, done, rows), r->mask + done);
 }
 
-
 static void build_causal(routing *r, cmb_list members, bool is_sparse) {
     cmb_build_wave(r->build);
     for (int64_t c = 0; c < r->C; c++) {
@@ -152,9 +151,8 @@ static void build_whole(routing *r, cmb_list members, bool is_sparse) {
     for (int64_t k = 0; k < live; k++) {
         int64_t c = r->row[k] - r->L;
         cmb_list own = cmb_cut(members, r->first[c], r->first[c + 1]);
-        const cmb_look look[] = {{cmb_cut(region, 0, k), CMB_EVERY},
-                                 {cmb_cut(region, k + 1, region.count), CMB_EVERY},
-                                 {own, CMB_EVERY}};
+        const cmb_look look[] = {
+            {cmb_cut(region, 0, k), CMB_EVERY}, {cmb_cut(region, k + 1, region.count), CMB_EVERY}, {own, CMB_EVERY}};
         for (int64_t a = 0; a < own.count; a += TASK_MEMBERS) {
             cmb_list query = cmb_cut(own, a, a + TASK_MEMBERS);
             if ((queries == 0 || queries + query.count > TASK_MEMBERS) && !cmb_build_task(r->build))

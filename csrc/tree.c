@@ -94,8 +94,7 @@ static void attend_within(const hierarchy *tree, int level, int64_t a, int64_t n
     int32_t row[CMB_TILE];
     uint64_t mask[CMB_TILE];
     for (int64_t node = a / size; node <= last; node++) {
-        uint64_t family =
-            lanes_in(a, n, family_first(tree, level, node) * size, family_end(tree, level, node) * size);
+        uint64_t family = lanes_in(a, n, family_first(tree, level, node) * size, family_end(tree, level, node) * size);
         uint64_t others = family & ~lanes_in(a, n, node * size, (node + 1) * size);
         if (others) {
             row[rows] = (int32_t)(tree->first[level] + node);
@@ -164,8 +163,8 @@ static void attend(const hierarchy *tree, int64_t a, int64_t n) {
     cmb_build_masked_run(tree->build, cmb_list_make(a, 1, n), mask);
 }
 
-cmb_status cmb_plan_tree(int64_t L, int64_t branching, int64_t levels, const cmb_plan_options *options,
-                         cmb_plan **plan, cmb_error *error) {
+cmb_status cmb_plan_tree(int64_t L, int64_t branching, int64_t levels, const cmb_plan_options *options, cmb_plan **plan,
+                         cmb_error *error) {
     *plan = NULL;
     cmb_build build;
     cmb_status status = cmb_check_length(L, error);
