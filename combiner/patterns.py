@@ -46,7 +46,7 @@ class Factorization:
         pooling_number(self.pooling, POOLINGS[:3])
         _check_bool("size_bias", self.size_bias)
 
-    def plan(self, length: int, is_causal: bool = False) -> Plan | tuple[Plan, ...]:
+    def plan(self, length: int, is_causal: bool = False) -> Plan:
         """The plan for L = `length` positions. The last ones made are kept.
 
         Raises
@@ -60,7 +60,7 @@ class Factorization:
         """The sparse baseline: the direct keys alone, without regions; what they leave out is not attended."""
         return Sparse(self)
 
-    def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan | tuple[Plan, ...]:
+    def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
         raise NotImplementedError
 
     def _options(self, is_causal: bool, sparse: bool) -> tuple[bool, bool, int, bool]:
@@ -204,7 +204,7 @@ class AxialMixture(Factorization):
 class Tree(Factorization):
     """A tree of blocks (not in the paper, after its remark on partition trees): siblings on the path from leaf to root.
 
-    A node of level t = 1 .. levels is an aligned block of branching^t positions, whose members are its children. A query
+    A node of level t = 1 .. levels is an aligned block of branching^t positions; its members are its children. A query
     attends its level-1 node directly, and on each level the other children of its node one level up; on the highest
     level all other nodes. `Tree(2)` is `LogSparse(hierarchical=True)`, `Tree(b, 1)` is `Fixed(b)`. L * branching *
     log(L) pairs. Regions: level 1, 2, .. while branching^t < L, in each the nodes from left to right. The sparse
@@ -264,11 +264,13 @@ class Routing(Factorization):
         clusters.flags.writeable = False
         object.__setattr__(self, "clusters", clusters)
 
-    def plan(self, length: int, is_causal: bool = False) -> Plan | tuple[Plan, ...]:
+    def plan(self, length: int, is_causal: bool = False) -> Plan | tuple[Plan, ...]:  # type: ignore[override]
         """The plan, or a tuple of one for each batch entry and key head, of `length` = L positions."""
         return Factorization.plan(self, length, is_causal)
 
-    def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan | tuple[Plan, ...]:
+    def _build(  # type: ignore[override]
+        self, length: int, is_causal: bool, sparse: bool
+    ) -> Plan | tuple[Plan, ...]:
         if length != self.clusters.shape[-1]:
             raise ValueError(f"clusters are of {self.clusters.shape[-1]} positions, got length {length}")
         options = self._options(is_causal, sparse)
@@ -288,7 +290,7 @@ class Sparse:
 
     pattern: Factorization
 
-    def plan(self, length: int, is_causal: bool = False) -> Plan | tuple[Plan, ...]:
+    def plan(self, length: int, is_causal: bool = False) -> Plan:
         """The plan for L = `length` positions, without regions."""
         _check_bool("is_causal", is_causal)
         return _plan(self, as_integer("length", length, 0), bool(is_causal))
@@ -302,7 +304,7 @@ class Sparse:
 
 
 @lru_cache(maxsize=64)
-def _plan(pattern: Factorization | Sparse, length: int, is_causal: bool) -> Plan | tuple[Plan, ...]:
+def _plan(pattern: Factorization | Sparse, length: int, is_causal: bool) -> Plan:
     if isinstance(pattern, Sparse):
         return pattern.pattern._build(length, is_causal, True)
     return pattern._build(length, is_causal, False)

@@ -88,7 +88,7 @@ static void attend_prefixes(routing *r, int64_t a, int64_t n) {
     cmb_build_tile(r->build, cmb_list_make(a, 1, n), cmb_lanes_for(n));
     cmb_list row = cmb_build_list(r->build, r->row, rows);
     /* Stretches of rows that all queries see need no masks. */
-    enum { WORTH_A_RUN = 8 };
+    enum { WORTH_A_RUN = 5 };
     int64_t done = 0;
     for (int64_t k = 0; k < rows;) {
         int64_t end = k;
