@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import combiner
-from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Tree, reference
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Routing, Tree, reference
 from combiner.reference import Parts
 
 PATTERNS = {
@@ -40,6 +40,10 @@ PATTERNS = {
     "tree3": lambda **options: Tree(3, **options),
     "tree5.2": lambda **options: Tree(5, 2, **options),
     "sparse tree": lambda **options: Tree(7, **options).sparse(),
+}
+OF_LENGTH = {  # patterns that fit one length alone
+    "routing": lambda L, **options: Routing(np.arange(L) * 7919 % 31 % min(5, L), **options),
+    "sparse routing": lambda L, **options: Routing(np.arange(L) * 7919 % 31 % min(5, L), **options).sparse(),
 }
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 53, 64, 97, 130, 211)
 SHAPES = (  # B, Hq, Hk, D, Dv
@@ -95,7 +99,7 @@ class Case:
 def grid() -> list[Case]:
     """Every pattern, length and direction, each with the next shape and the next options in turn."""
     cases = []
-    for n, name in enumerate(PATTERNS):
+    for n, name in enumerate([*PATTERNS, *OF_LENGTH]):
         for m, L in enumerate(LENGTHS):
             for is_causal in (True, False):
                 turn = 5 * n + 3 * m + 7 * is_causal
@@ -173,7 +177,9 @@ def draw(rng: np.random.Generator, pattern, case: Case, **flags) -> Problem:
 @functools.cache
 def problem(case: Case) -> Problem:
     """The arrays of a case, from a seed that is its name's."""
-    pattern = PATTERNS[case.pattern](pooling=case.pooling, size_bias=case.size_bias)
+    options = {"pooling": case.pooling, "size_bias": case.size_bias}
+    name = case.pattern
+    pattern = OF_LENGTH[name](case.L, **options) if name in OF_LENGTH else PATTERNS[name](**options)
     return draw(np.random.default_rng(zlib.crc32(str(case).encode())), pattern, case)
 
 
