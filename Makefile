@@ -21,6 +21,11 @@ run: build
 test: test-c build
 	$(BIN)/python -m pytest
 
+test-slow: build # the sweeps that `make test` leaves out, and every float32 that 2^x takes
+	$(BIN)/python -m pytest -m slow
+	$(MAKE) $(BUILD)/plain/test_kernels
+	$(BUILD)/plain/test_kernels --exhaustive
+
 bench: .venv/bench
 	$(BIN)/python benchmarks/run.py
 
@@ -81,4 +86,4 @@ endef
 $(foreach name,plain asan tsan,$(eval $(call flavour,$(name))))
 -include $(wildcard $(BUILD)/*/*.d)
 
-.PHONY: build run test bench lint format clean test-c sanitize valgrind test-header
+.PHONY: build run test test-slow bench lint format clean test-c sanitize valgrind test-header

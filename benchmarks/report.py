@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cases import LAWS
+
 RESULTS = Path(__file__).parent / "results" / "bench.json"
-PEER_NAMES = {"sdpa": "PyTorch SDPA (dense)"}
+PEERS = {"sdpa": "PyTorch SDPA (dense)"}
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -18,10 +20,6 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     lines = [list(map(str, cells)) for cells in (header, *rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _passes(row: dict[str, Any]) -> str:
-    return "forward + backward" if row["backward"] else "forward"
 
 
 def _seconds(times: dict[str, Any] | None) -> str:
@@ -46,7 +44,7 @@ def _ratios(rows: list[dict[str, Any]]) -> str:
                 row["pattern"],
                 row["length"],
                 row["threads"],
-                _passes(row),
+                row["passes"],
                 _seconds(row["ours"]),
                 _seconds(row.get("peers")),
                 f"{row['ratio']:.3g}x" if row["ratio"] else "",
@@ -65,7 +63,7 @@ def _growth(growths: list[dict[str, Any]]) -> str:
         (
             (
                 growth["rows"][0]["pattern"],
-                _passes(growth["rows"][0]),
+                growth["rows"][0]["passes"],
                 *(_seconds(row["ours"]) for row in growth["rows"]),
                 f"{growth['slope']:.3f}",
                 growth["law"],
@@ -83,7 +81,7 @@ def _memory(rows: list[dict[str, Any]]) -> str:
             (
                 row["pattern"],
                 row["length"],
-                _passes(row),
+                row["passes"],
                 f"{row['excess_bytes'] / 2**20:.2f}",
                 f"{row['excess_bytes'] / row['query_bytes']:.2f}x",
             )
@@ -102,31 +100,32 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Seconds over L on logarithmic axes, one panel for each kind of pass: growth, its law, and the peers."""
+    """Seconds over L on logarithmic axes, a panel for each kind of pass: our growth, its law, and the peers."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from cases import LAWS
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
-    for axis, backward in zip(axes, (False, True), strict=True):
-        for growth in (growth for growth in results["growth"] if growth["rows"][0]["backward"] == backward):
-            lengths = [row["length"] for row in growth["rows"]]
-            times = [row["ours"]["median"] for row in growth["rows"]]
-            law = LAWS[growth["law"]]
-            label = f"{growth['rows'][0]['pattern']}, slope {growth['slope']:.2f}"
-            (line,) = axis.plot(lengths, times, "o-", label=label)
-            scaled = [times[0] * law(length) / law(lengths[0]) for length in lengths]
-            axis.plot(lengths, scaled, ":", color=line.get_color(), label=f"{growth['law']}, {growth['law_slope']:.2f}")
-        for peer in sorted({row["peer"] for row in results["ratios"] if "peers" in row}):
+    for axis, passes in zip(axes, ("forward", "forward + backward"), strict=True):
+        for growth in results["growth"]:
+            rows = [row for row in growth["rows"] if row["passes"] == passes]
+            if rows:
+                lengths, times = zip(*((row["length"], row["ours"]["median"]) for row in rows), strict=True)
+                (line,) = axis.plot(lengths, times, "o-", label=f"{rows[0]['pattern']}, slope {growth['slope']:.2f}")
+                law = [times[0] * LAWS[growth["law"]](length) / LAWS[growth["law"]](lengths[0]) for length in lengths]
+                axis.plot(
+                    lengths, law, ":", color=line.get_color(), label=f"{growth['law']}, {growth['law_slope']:.2f}"
+                )
+        for peer, name in PEERS.items():
             points = {
                 row["length"]: row["peers"]["median"]
                 for row in results["ratios"]
-                if row["peer"] == peer and row["backward"] == backward and "peers" in row
+                if row["peer"] == peer and row["passes"] == passes and row["threads"] == 2 and "peers" in row
             }
-            axis.plot(*zip(*sorted(points.items()), strict=True), "ks--", label=PEER_NAMES[peer])
-        axis.set(xscale="log", yscale="log", xlabel="L", title="forward + backward" if backward else "forward")
+            if points:
+                axis.plot(*zip(*sorted(points.items()), strict=True), "ks--", label=name)
+        axis.set(xscale="log", yscale="log", xlabel="L", title=passes)
         axis.grid(which="both", alpha=0.2)
         axis.legend()
     axes[0].set_ylabel("seconds")
@@ -140,7 +139,8 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(args.results.read_text())
     print(tables(results))
-    plot(results, args.plot or args.results.with_suffix(".png"))
+    if results["growth"]:
+        plot(results, args.plot or args.results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times attention beside its peers on the same arrays in one process, and prints tables.
 
-Rounds alternate, ours, the peer, ours, the peer, so that whatever else the machine does meets both alike. A ratio is the
-median over rounds of the peer's time over ours. Without torch our own times alone are measured.
+Rounds alternate, ours, the peer, ours, the peer, so that whatever else the machine does meets both alike. A ratio is
+the median over rounds of the peer's time over ours. Without torch our own times alone are measured.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from typing import Any
 
 import numpy as np
 from cases import GROWTH, LAWS, MEMORY, RATIOS, Case, Growth
-from report import tables
+from report import RESULTS, tables
 
 import combiner
 
 Arrays = list[np.ndarray]
 Call = Callable[[], Arrays]
-
-RESULTS = Path(__file__).parent / "results" / "bench.json"
 
 # Between two timings: a library's threads may spin for a while after their work, on the other's time.
 SETTLE_SECONDS = 0.02
@@ -105,7 +103,7 @@ def seconds(call: Call) -> float:
 def describe(case: Case) -> dict[str, Any]:
     """The case as JSON can hold it."""
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
-    return {**fields, "pattern": repr(case.pattern)}
+    return {**fields, "pattern": repr(case.pattern), "passes": case.passes}
 
 
 def time_case(case: Case) -> dict[str, Any]:

@@ -11,7 +11,11 @@
 
 #define NPY_TARGET_VERSION NPY_1_23_API_VERSION
 #include <numpy/arrayobject.h>
+#if NPY_ABI_VERSION < 0x02000000
+#error "build with NumPy 2.0 or later; what is built runs with NumPy 1.26 too"
+#endif
 
+#include <fenv.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -774,8 +778,19 @@ static bool read_key_and_value(call *c, PyObject *key, PyObject *value) {
     return check_features("value", p->Dv);
 }
 
+/* 1 / sqrt(D), rounded to nearest whatever the caller's mode is: it decides every bit. */
+static double default_scale(int64_t D) {
+    fenv_t mode;
+    fegetenv(&mode);
+    fesetenv(FE_DFL_ENV);
+    volatile double features = (double)D; /* compilers move arithmetic across fesetenv */
+    volatile double scale = 1 / sqrt(features);
+    fesetenv(&mode);
+    return scale;
+}
+
 static bool read_scale(call *c, PyObject *scale) {
-    c->problem.scale = scale == Py_None ? 1 / sqrt((double)c->problem.D) : PyFloat_AsDouble(scale);
+    c->problem.scale = scale == Py_None ? default_scale(c->problem.D) : PyFloat_AsDouble(scale);
     if (PyErr_Occurred()) {
         if (PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_ValueError))
             raise_type("scale", "a number or None", scale);
@@ -1201,18 +1216,6 @@ static PyMethodDef core_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-/* The pool's threads end while Python still lives. */
-static bool stop_threads_at_exit(PyObject *module) {
-    PyObject *atexit = PyImport_ImportModule("atexit");
-    PyObject *stop = atexit ? PyObject_GetAttrString(module, "stop_threads") : NULL;
-    PyObject *registered = stop ? PyObject_CallMethod(atexit, "register", "O", stop) : NULL;
-    bool done = registered != NULL;
-    Py_XDECREF(atexit);
-    Py_XDECREF(stop);
-    Py_XDECREF(registered);
-    return done;
-}
-
 static int core_exec(PyObject *module) {
     module_state *state = state_of(module);
     if (PyArray_ImportNumPyAPI() < 0)
@@ -1227,7 +1230,7 @@ static int core_exec(PyObject *module) {
     PyObject *numpy = PyImport_ImportModule("numpy");
     state->may_share_memory = numpy ? PyObject_GetAttrString(numpy, "may_share_memory") : NULL;
     Py_XDECREF(numpy);
-    if (!state->may_share_memory || !stop_threads_at_exit(module))
+    if (!state->may_share_memory)
         return -1;
     if (PyModule_AddStringConstant(module, "VERSION", CMB_VERSION) ||
         PyModule_AddStringConstant(module, "COMPILER", __VERSION__) ||

@@ -22,41 +22,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from .patterns import Axial, AxialMixture, Dense, Factorization, Fixed, LogSparse, Routing, Sparse, Tree
 
-Lists = list[list[int]]
+Array: TypeAlias = np.ndarray
+Lists: TypeAlias = list[list[int]]
+Saved: TypeAlias = dict[str, Any]
 
 
 class Gradients(NamedTuple):
     """Gradients of one scalar, shaped as the inputs; the last two None unless given."""
 
-    query: np.ndarray
-    key: np.ndarray
-    value: np.ndarray
-    region_query: np.ndarray | None
-    region_key: np.ndarray | None
+    query: Array
+    key: Array
+    value: Array
+    region_query: Array | None
+    region_key: Array | None
 
 
 class AttendGradients(NamedTuple):
     """Gradients of one scalar through stage 2 alone, shaped as the inputs."""
 
-    query: np.ndarray
-    key: np.ndarray
-    value: np.ndarray
-    region_key: np.ndarray
-    region_value: np.ndarray
+    query: Array
+    key: Array
+    value: Array
+    region_key: Array
+    region_value: Array
 
 
 class Summary(NamedTuple):
-    """Stage 1: k_R `[..., Hk or Hq, R, D]`, h_R `[..., Hq, R, Dv]` and the log normaliser of p(. | R) `[..., Hq, R]`."""
+    """Stage 1: k_R `[..., Hk or Hq, R, D]`, h_R `[..., Hq, R, Dv]`, and the log normaliser of p(m | R) `[..., Hq, R]`.
 
-    key: np.ndarray
-    value: np.ndarray
-    lse: np.ndarray
+    The key has Hq heads where the parts are weighted, or as many as a given region_key.
+    """
+
+    key: Array
+    value: Array
+    lse: Array
 
 
 # Factorizations: the parts of every query's support
@@ -81,7 +86,10 @@ class Parts:
     weighted: bool = False
 
 
-def parts(pattern: Factorization | Sparse | Parts, length: int, is_causal: bool = False) -> Parts:
+Pattern: TypeAlias = Factorization | Sparse | Parts
+
+
+def parts(pattern: Pattern, length: int, is_causal: bool = False) -> Parts:
     """The parts of `pattern` for L = `length` positions, by brute force. O(L^2)."""
     if isinstance(pattern, Parts):
         return pattern
@@ -258,7 +266,7 @@ def square_root(length: int) -> int:
 class _Head:
     """The table of one query head, and the three passes over it."""
 
-    def __init__(self, parts: Parts, q: np.ndarray, k: np.ndarray, v: np.ndarray, live: np.ndarray, scale: float):
+    def __init__(self, parts: Parts, q: Array, k: Array, v: Array, live: Array, scale: float):
         L, R = len(q), len(parts.members)
         self.parts, self.L, self.R, self.scale = parts, L, R, scale
         self.Q = np.concatenate([q, np.zeros((R, q.shape[1]))])
@@ -287,12 +295,12 @@ class _Head:
 
     # pass 1: abstractions q_R, k_R (section 3.2, max pooling; mean and sum are ours)
 
-    def abstract(self, region_query: np.ndarray | None, region_key: np.ndarray | None) -> None:
+    def abstract(self, region_query: Array | None, region_key: Array | None) -> None:
         for r in self.summarised:
             self.Q[r] = self.pool(self.Q, r) if region_query is None else region_query[r - self.L]
             self.K[r] = self.pool(self.K, r) if region_key is None else region_key[r - self.L]
 
-    def pool(self, X: np.ndarray, r: int) -> np.ndarray:
+    def pool(self, X: Array, r: int) -> Array:
         if self.parts.pick is not None:
             return X[self.picked(r)]
         return getattr(X[self.below[r]], self.parts.pooling)(axis=0)
@@ -307,7 +315,7 @@ class _Head:
             if not (region_key or self.parts.weighted):
                 self.pool_backward(self.K, self.dK, r)
 
-    def pool_backward(self, X: np.ndarray, dX: np.ndarray, r: int) -> None:
+    def pool_backward(self, X: Array, dX: Array, r: int) -> None:
         positions, features = np.array(self.below[r]), np.arange(X.shape[1])
         if self.parts.pick is not None:
             dX[self.picked(r)] += dX[r]
@@ -343,7 +351,7 @@ class _Head:
             if self.softmax(i, self.parts.direct[i] + [self.L + r for r in self.parts.regions[i]]):
                 self.out[i] = self.p[i] @ self.V[self.rows[i]]
 
-    def attend_backward(self, grad_out: np.ndarray, grad_lse: np.ndarray) -> None:
+    def attend_backward(self, grad_out: Array, grad_lse: Array) -> None:
         for i in range(self.L):
             if self.rows[i]:
                 dp = self.V[self.rows[i]] @ grad_out[i]
@@ -361,7 +369,7 @@ class _Head:
             self.lse[x] = s.max() + np.log(e.sum())
         return bool(rows)
 
-    def softmax_backward(self, x: int, dp: np.ndarray, dlse: float) -> None:
+    def softmax_backward(self, x: int, dp: Array, dlse: float) -> None:
         ds = self.p[x] * (dp - self.p[x] @ dp + dlse)
         self.dQ[x] += self.scale * (ds @ self.K[self.rows[x]])
         np.add.at(self.dK, self.rows[x], self.scale * np.outer(ds, self.Q[x]))
@@ -369,8 +377,8 @@ class _Head:
     def zero_gradients(self) -> None:
         self.dQ, self.dK, self.dV = np.zeros_like(self.Q), np.zeros_like(self.K), np.zeros_like(self.V)
 
-    def weights(self) -> np.ndarray:
-        """The effective attention (eq 8): p(j | i), the product of probabilities down every path from i to j, summed."""
+    def weights(self) -> Array:
+        """The effective attention p(j | i) (eq 8): the products of probabilities down each path from i to j, summed."""
         W = np.eye(self.L + self.R, self.L)
         for r in self.summarised:
             W[r] = self.p[r] @ W[self.rows[r]]
@@ -383,7 +391,16 @@ class _Head:
 class _Heads:
     """The leading axes flattened to [B, H], and a `_Head` for each query head; it reads key head h // (Hq / Hk)."""
 
-    def __init__(self, query, key, value, pattern, is_causal, scale, key_mask):
+    def __init__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        pattern: Pattern,
+        is_causal: bool,
+        scale: float | None,
+        key_mask: Array | None,
+    ):
         q, k, v = _flat(query), _flat(key), _flat(value)
         self.leading = np.shape(query)[:-2]
         self.B, self.Hq, self.L, self.D = q.shape
@@ -401,18 +418,18 @@ class _Heads:
     def __iter__(self) -> Iterator[tuple[tuple[int, int], _Head]]:
         return iter(self.heads.items())
 
-    def read(self, x: np.ndarray | None, b: int, h: int) -> np.ndarray | None:
+    def read(self, x: Array | None, b: int, h: int) -> Array | None:
         """What query head h of batch entry b reads of an array with Hq or Hk heads; None where it is absent."""
         return None if x is None else _flat(x)[b, h * _flat(x).shape[1] // self.Hq]
 
-    def write(self, heads: int, tail: tuple[int, ...], get: Callable[[_Head], np.ndarray], add=True) -> np.ndarray:
+    def write(self, heads: int, tail: tuple[int, ...], get: Callable[[_Head], Array], add=True) -> Array:
         """An array [..., heads, *tail] of get(head), added up over the query heads that share one of its heads."""
         x = np.zeros((self.B, heads, *tail))
         for (b, h), head in self:
             x[b, h * heads // self.Hq] = get(head) + (x[b, h * heads // self.Hq] if add else 0.0)
         return x.reshape((*self.leading[:-1], heads, *tail) if self.leading else tail)
 
-    def backward(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def backward(self) -> tuple[Array, Array, Array]:
         """The gradients of query, key and value, once every head has run its passes backward."""
         return (
             self.write(self.Hq, (self.L, self.D), lambda head: head.dQ[: self.L]),
@@ -420,28 +437,39 @@ class _Heads:
             self.write(self.Hk, (self.L, self.Dv), lambda head: head.dV[: self.L]),
         )
 
-    def region_backward(self, given: np.ndarray | None, table: str) -> np.ndarray | None:
+    def region_backward(self, given: Array | None, table: str) -> Array | None:
         """The gradient of rows L .. L+R-1 of a table that were given, None where they were not."""
         if given is None:
             return None
         return self.write(_flat(given).shape[1], _flat(given).shape[2:], lambda head: getattr(head, table)[self.L :])
 
 
-def _flat(x: np.ndarray) -> np.ndarray:
+def _flat(x: Array) -> Array:
     """[..., H, L, D] or [L, D] as float64 [B, H, L, D]."""
     x = np.asarray(x, np.float64)
     return x.reshape(math.prod(x.shape[:-3]), *(x.shape[-3:] if x.ndim > 2 else (1, *x.shape)))
 
 
-def attention(query, key, value, pattern, *, return_lse=False, **options):
+def attention(
+    query: Array, key: Array, value: Array, pattern: Pattern, *, return_lse: bool = False, **options: Any
+) -> Array | tuple[Array, Array]:
     """Both stages: out `[..., Hq, L, Dv]`, or (out, lse) with lse `[..., Hq, L]`. Options as in `attention_forward`."""
     out, saved = attention_forward(query, key, value, pattern, **options)
     return (out, saved["lse"]) if return_lse else out
 
 
 def attention_forward(
-    query, key, value, pattern, *, is_causal=False, scale=None, key_mask=None, region_query=None, region_key=None
-):
+    query: Array,
+    key: Array,
+    value: Array,
+    pattern: Pattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    region_query: Array | None = None,
+    region_key: Array | None = None,
+) -> tuple[Array, Saved]:
     """out and what `attention_backward` needs."""
     heads = _Heads(query, key, value, pattern, is_causal, scale, key_mask)
     for at, head in heads:
@@ -453,7 +481,7 @@ def attention_forward(
     return out, {"heads": heads, "out": out, "lse": lse, "region_query": region_query, "region_key": region_key}
 
 
-def attention_backward(grad_out, saved, *, grad_lse=None) -> Gradients:
+def attention_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = None) -> Gradients:
     """The exact derivatives of sum(out * grad_out) + sum(lse * grad_lse)."""
     heads, region_query, region_key = saved["heads"], saved["region_query"], saved["region_key"]
     for at, head in heads:
@@ -466,18 +494,27 @@ def attention_backward(grad_out, saved, *, grad_lse=None) -> Gradients:
     )
 
 
-def _lse_rows(heads: _Heads, grad_lse: np.ndarray | None, b: int, h: int) -> np.ndarray:
+def _lse_rows(heads: _Heads, grad_lse: Array | None, b: int, h: int) -> Array:
     return np.zeros(heads.L) if grad_lse is None else heads.read(np.asarray(grad_lse)[..., None], b, h)[:, 0]
 
 
-def summarize(query, key, value, pattern, **options) -> Summary:
+def summarize(query: Array, key: Array, value: Array, pattern: Pattern, **options: Any) -> Summary:
     """Stage 1. Rows of regions that no query attends, or with every member masked, are zero (lse -inf)."""
     return summarize_forward(query, key, value, pattern, **options)[0]
 
 
 def summarize_forward(
-    query, key, value, pattern, *, is_causal=False, scale=None, key_mask=None, region_query=None, region_key=None
-):
+    query: Array,
+    key: Array,
+    value: Array,
+    pattern: Pattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    region_query: Array | None = None,
+    region_key: Array | None = None,
+) -> tuple[Summary, Saved]:
     """The summary and what `summarize_backward` needs."""
     heads = _Heads(query, key, value, pattern, is_causal, scale, key_mask)
     for at, head in heads:
@@ -495,7 +532,7 @@ def summarize_forward(
     return summary, {"heads": heads, "region_query": region_query, "region_key": region_key}
 
 
-def summarize_backward(grad_summary_key, grad_summary_value, saved) -> Gradients:
+def summarize_backward(grad_summary_key: Array | None, grad_summary_value: Array | None, saved: Saved) -> Gradients:
     """The exact derivatives of sum(key * grad_summary_key) + sum(value * grad_summary_value); either may be None."""
     heads, region_query, region_key = saved["heads"], saved["region_query"], saved["region_key"]
     share = 1 if grad_summary_key is None else heads.Hq // _flat(grad_summary_key).shape[1]
@@ -513,13 +550,34 @@ def summarize_backward(grad_summary_key, grad_summary_value, saved) -> Gradients
     )
 
 
-def attend(query, key, value, region_key, region_value, pattern, *, return_lse=False, **options):
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    region_key: Array,
+    region_value: Array,
+    pattern: Pattern,
+    *,
+    return_lse: bool = False,
+    **options: Any,
+) -> Array | tuple[Array, Array]:
     """Stage 2, from the k_R and h_R given: out, or (out, lse). Options as in `attend_forward`."""
     out, saved = attend_forward(query, key, value, region_key, region_value, pattern, **options)
     return (out, saved["lse"]) if return_lse else out
 
 
-def attend_forward(query, key, value, region_key, region_value, pattern, *, is_causal=False, scale=None, key_mask=None):
+def attend_forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    region_key: Array,
+    region_value: Array,
+    pattern: Pattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+) -> tuple[Array, Saved]:
     """out and what `attend_backward` needs."""
     heads = _Heads(query, key, value, pattern, is_causal, scale, key_mask)
     for at, head in heads:
@@ -530,7 +588,7 @@ def attend_forward(query, key, value, region_key, region_value, pattern, *, is_c
     return out, {"heads": heads, "out": out, "lse": lse, "region_key": region_key, "region_value": region_value}
 
 
-def attend_backward(grad_out, saved, *, grad_lse=None) -> AttendGradients:
+def attend_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = None) -> AttendGradients:
     """The exact derivatives of sum(out * grad_out) + sum(lse * grad_lse) through stage 2."""
     heads = saved["heads"]
     for at, head in heads:
@@ -543,7 +601,7 @@ def attend_backward(grad_out, saved, *, grad_lse=None) -> AttendGradients:
     )
 
 
-def merge(out_a, lse_a, out_b, lse_b):
+def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
     """(out, lse) of one softmax over the parts of a and the parts of b."""
     out_a, lse_a, out_b, lse_b = (np.asarray(x, np.float64) for x in (out_a, lse_a, out_b, lse_b))
     lse = np.logaddexp(lse_a, lse_b)
@@ -552,7 +610,7 @@ def merge(out_a, lse_a, out_b, lse_b):
     return a[..., None] * out_a + b[..., None] * out_b, lse
 
 
-def attention_weights(query, key, pattern, **options):
+def attention_weights(query: Array, key: Array, pattern: Pattern, **options: Any) -> Array:
     """The effective attention W `[..., Hq, L, L]` (eq 8): rows sum to 1, or to 0 with nothing to attend to."""
     heads = attention_forward(query, key, np.zeros((*np.shape(key)[:-1], 0)), pattern, **options)[1]["heads"]
     return heads.write(heads.Hq, (heads.L, heads.L), lambda head: head.weights())

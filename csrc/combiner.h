@@ -60,7 +60,7 @@ typedef struct {
 } cmb_list;
 
 /* Writes the abstraction (q_R and k_R) of `row`, L <= row < L + R + N, from its children: positions, or
- * rows pooled earlier, in position order. Scratch rows live as long as their task. */
+ * rows pooled earlier, in position order. Scratch rows live as long as their task, which writes each once. */
 typedef struct {
     int32_t row;
     cmb_list child;
@@ -221,7 +221,7 @@ typedef struct {
     cmb_array summary_lse;   /* [B, Hq, R] */
 
     cmb_array out; /* [B, Hq, L, Dv]; written by forward, read by backward; not for SUMMARIZE */
-    cmb_array lse; /* [B, Hq, L] natural log of the normaliser, -inf where nothing is attended */
+    cmb_array lse; /* [B, Hq, L] natural log of the normaliser, -inf where nothing is attended; with out */
 } cmb_problem;
 
 /* Gradients of one scalar. Those read: out and lse (lse may be absent), or for SUMMARIZE summary_key and
@@ -258,13 +258,14 @@ int cmb_get_num_threads(void);
 void cmb_stop_threads(void);
 
 /* Instruction sets, lowest first: "base", then "avx2", "avx512" or "neon". The highest the machine has is
- * used unless COMBINER_ISA or this call names another. */
+ * used unless COMBINER_ISA or this call names another; a name in COMBINER_ISA that the machine lacks is ignored. */
 int cmb_isa_count(void);             /* those this machine can run */
 const char *cmb_isa_name(int index); /* 0 <= index < cmb_isa_count() */
 const char *cmb_get_isa(void);
 cmb_status cmb_set_isa(const char *name, cmb_error *error);
 
-/* Where all memory comes from; NULL functions restore malloc and free. Set it while no call is running.
+/* Where all memory comes from; NULL functions restore the default, which is malloc but for one large block kept
+ * between calls. Set it while no call is running and no plan is alive.
  * `allocate` returns 64-byte aligned memory or NULL. */
 typedef struct {
     void *(*allocate)(size_t bytes, void *context);

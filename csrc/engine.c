@@ -74,11 +74,13 @@ static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *
                         (long long)p->Hq, (long long)p->Hk);
     if (!isfinite(p->scale))
         return cmb_fail(error, CMB_ERR_VALUE, "scale must be finite, got %g", p->scale);
-    int64_t heads, rows;
+    int64_t heads, rows, key_heads;
     if (__builtin_mul_overflow(p->B, p->Hq, &heads) || __builtin_mul_overflow(heads, p->L, &rows))
         return cmb_fail(error, CMB_ERR_OVERFLOW, "B * Hq * L does not fit in 64 bits");
-    if (p->plans != 1 && p->plans != p->B * p->Hk)
-        return cmb_fail(error, CMB_ERR_VALUE, "plans must be 1 or B * Hk = %lld, got %lld", (long long)(p->B * p->Hk),
+    if (__builtin_mul_overflow(p->B, p->Hk, &key_heads))
+        return cmb_fail(error, CMB_ERR_OVERFLOW, "B * Hk does not fit in 64 bits");
+    if (p->plans != 1 && p->plans != key_heads)
+        return cmb_fail(error, CMB_ERR_VALUE, "plans must be 1 or B * Hk = %lld, got %lld", (long long)key_heads,
                         (long long)p->plans);
     for (int64_t i = 0; i < p->plans; i++) {
         const cmb_plan *plan = p->plan[i], *first = p->plan[0];
@@ -127,7 +129,8 @@ static cmb_status check_gradients(const cmb_problem *p, const cmb_gradients *g, 
             TRY(check_array("gradient of lse", &g->lse, p, p->Hq, p->L, 1, error));
     }
     if (p->stages == CMB_ATTEND || g->summary_key.data)
-        TRY(check_array("gradient of summary_key", &g->summary_key, p, p->summary_key.heads, R, p->D, error));
+        TRY(check_array("gradient of summary_key", &g->summary_key, p,
+                        p->summary_key.data ? p->summary_key.heads : either(&g->summary_key, p), R, p->D, error));
     if (p->stages == CMB_ATTEND || g->summary_value.data)
         TRY(check_array("gradient of summary_value", &g->summary_value, p, p->Hq, R, p->Dv, error));
     if (p->stages != CMB_ATTEND && p->region_query.data)
@@ -380,8 +383,17 @@ static void forward(schedule *run) {
 
 /* ---- backward ----------------------------------------------------------------------------------- */
 
+/* Zeros, some rows at a time: the first touch of new memory is slow enough for Ctrl-C to be waited for. */
+static void clear(const schedule *run, cmb_rows rows, int64_t n, int64_t dim, int worker) {
+    enum { SLICE = 4096 };
+    for (int64_t x = 0; x < n && !cmb_cancelled(run->cancel, worker); x += SLICE) {
+        const int64_t at = x * rows.row * (int64_t)run->stage->size;
+        run->stage->clear(dense((char *)rows.data + at, rows.row), n - x < SLICE ? n - x : SLICE, dim);
+    }
+}
+
 /* Where a head's gradients go; those that query heads of a group share are cleared by the first of them. */
-static void begin_gradients(const schedule *run, cmb_head *head, const tables *t, int64_t b, int64_t h) {
+static void begin_gradients(const schedule *run, cmb_head *head, const tables *t, int64_t b, int64_t h, int worker) {
     const cmb_problem *p = run->problem;
     const cmb_gradients *g = run->gradients;
     const cmb_stage_table *stage = run->stage;
@@ -393,33 +405,32 @@ static void begin_gradients(const schedule *run, cmb_head *head, const tables *t
     head->grad.value = head_of(p, &g->value, stage->size, b, h);
     head->grad.out = head_of(p, &g->out, stage->size, b, h);
     head->grad.lse = head_of(p, &g->lse, stage->size, b, h);
-    stage->clear(head->grad.query, p->L, p->D);
+    clear(run, head->grad.query, p->L, p->D, worker);
     if (first) {
-        stage->clear(head->grad.key, p->L, p->D);
-        stage->clear(head->grad.value, p->L, p->Dv);
+        clear(run, head->grad.key, p->L, p->D, worker);
+        clear(run, head->grad.value, p->L, p->Dv, worker);
     }
     if (!summarize) {
         head->grad.region_key = head_of(p, &g->summary_key, stage->size, b, h);
         head->grad.region_value = head_of(p, &g->summary_value, stage->size, b, h);
         if (first || p->summary_key.heads == p->Hq)
-            stage->clear(head->grad.region_key, R, p->D);
-        stage->clear(head->grad.region_value, R, p->Dv);
+            clear(run, head->grad.region_key, R, p->D, worker);
+        clear(run, head->grad.region_value, R, p->Dv, worker);
         return;
     }
     const bool given_key = p->region_key.data != NULL;
-    const bool own_key = !given_key || first || p->region_key.heads == p->Hq;
-    /* k_R of Hk heads is one thing, so its gradient enters once a group. */
+    const bool shared_key = given_key && !first && p->region_key.heads != p->Hq;
+    /* A summary_key of Hk heads is one thing to a group, so its gradient enters once. */
     const bool enters = g->summary_key.data && h % (p->Hq / g->summary_key.heads) == 0;
     head->grad.region_query =
         p->region_query.data ? head_of(p, &g->region_query, stage->size, b, h) : dense(t->query_grad, p->D);
     head->grad.region_key = given_key ? head_of(p, &g->region_key, stage->size, b, h) : dense(t->key_grad, p->D);
     head->grad.region_value = dense(t->value_grad, p->Dv);
-    stage->clear(head->grad.region_query, R, p->D);
-    if (own_key)
-        stage->begin_gradient(R, head->region_lse, enters ? head_of(p, &g->summary_key, stage->size, b, h) : nothing,
-                              p->D, head->grad.region_key);
+    clear(run, head->grad.region_query, R, p->D, worker);
+    stage->begin_gradient(R, head->region_lse, enters ? head_of(p, &g->summary_key, stage->size, b, h) : nothing, p->D,
+                          head->grad.region_key, shared_key);
     stage->begin_gradient(R, head->region_lse, head_of(p, &g->summary_value, stage->size, b, h), p->Dv,
-                          head->grad.region_value);
+                          head->grad.region_value, false);
 }
 
 static void backward_unit(void *context, int64_t unit, int worker) {
@@ -430,9 +441,9 @@ static void backward_unit(void *context, int64_t unit, int worker) {
     cmb_scratch *scratch = run->scratch[worker];
     for (int64_t h = hk * group; h < (hk + 1) * group; h++) {
         cmb_head head = make_head(run, t, b, h);
-        begin_gradients(run, &head, t, b, h);
+        begin_gradients(run, &head, t, b, h, worker);
         clear_counts(&head);
-        for (int32_t task = 0; task < head.plan->tasks; task++)
+        for (int32_t task = 0; task < head.plan->tasks && !cmb_cancelled(run->cancel, worker); task++)
             run->stage->pool(&head, task, scratch);
         for (int32_t wave = head.plan->waves - 1; wave >= 0; wave--)
             for (int32_t task = head.plan->wave[wave + 1] - 1; task >= head.plan->wave[wave]; task--) {

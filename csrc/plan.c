@@ -407,6 +407,9 @@ static cmb_status check_pool(checker *check, int32_t number) {
     if (pool->row < regions_end && row->pooled >= 0)
         return cmb_fail(check->error, CMB_ERR_VALUE, "pool %d writes region %lld a second time", number,
                         (long long)(pool->row - plan->L));
+    if (pool->row >= regions_end && row->pooled == check->task) /* backward reads what each step wrote */
+        return cmb_fail(check->error, CMB_ERR_VALUE, "pool %d writes scratch row %lld a second time in its task",
+                        number, (long long)(pool->row - regions_end));
     const char *fault = list_fault(plan, pool->child, rows);
     if (fault)
         return cmb_fail(check->error, CMB_ERR_VALUE, "pool %d: its children %s", number, fault);

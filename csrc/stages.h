@@ -66,8 +66,8 @@ typedef struct {
     /* k_R of every region r < n with an lse, 0 for the others */
     void (*copy_region_keys)(const cmb_head *head, int64_t n, cmb_rows to);
     void (*clear)(cmb_rows rows, int64_t n, int64_t dim);
-    /* gradients of regions with an lse, 0 for the others; all 0 where `from` has no data */
-    void (*begin_gradient)(int64_t n, cmb_rows lse, cmb_rows from, int64_t dim, cmb_rows to);
+    /* Gradients of regions with an lse, 0 for the others and where `from` has no data; added or written. */
+    void (*begin_gradient)(int64_t n, cmb_rows lse, cmb_rows from, int64_t dim, cmb_rows to, bool add);
 } cmb_stage_table;
 
 /* For the instruction set in force. */

@@ -274,8 +274,6 @@ static void pool_table_backward(const cmb_head *head, const cmb_pool *pool, cmb_
             add_row(w, head->D, mean ? w->weight[t] / (REAL)total : 1, grad, w->child_grad[t]);
         }
     }
-    if (pool->row >= head->L + head->plan->R) /* a scratch row may be written again by an earlier step */
-        memset(grad, 0, (size_t)head->D * sizeof(REAL));
 }
 
 static void pool_backward(const cmb_head *head, int32_t task, cmb_scratch *w) {
@@ -837,12 +835,13 @@ static void copy_region_keys(const cmb_head *head, int64_t n, cmb_rows to) {
     }
 }
 
-static void begin_gradient(int64_t n, cmb_rows lse, cmb_rows from, int64_t dim, cmb_rows to) {
+static void begin_gradient(int64_t n, cmb_rows lse, cmb_rows from, int64_t dim, cmb_rows to, bool add) {
     for (int64_t x = 0; x < n; x++) {
-        if (!from.data || *at(lse, x) == -infinity)
+        const bool enters = from.data && *at(lse, x) != -infinity;
+        if (!add)
             memset(at(to, x), 0, (size_t)dim * sizeof(REAL));
-        else
-            memcpy(at(to, x), at(from, x), (size_t)dim * sizeof(REAL));
+        for (int64_t d = 0; enters && d < dim; d++)
+            at(to, x)[d] += at(from, x)[d];
     }
 }
 

@@ -36,10 +36,11 @@ static inline vec if_nonzero(bits condition, vec a, vec b) {
     return (vec)(((bits)a & condition) | ((bits)b & ~condition));
 }
 
-/* fma(a, b, c) = a * b + c; maximum(a, b): b where either is NaN (aarch64: NaN);
+/* The instruction set follows from VECTOR_BYTES (64: AVX-512, 32: AVX2): clang's target pragma defines no macro.
+ * fma_vec(a, b, c) = a * b + c; maximum(a, b): b where either is NaN (aarch64: NaN);
  * select(word, a, b): lane t is a's where bit t of word is set;
  * load_part / store_part: the first n < LANES elements, 0 beyond. */
-#if defined(__AVX512F__) && VECTOR_BYTES == 64 && FLOAT_BITS == 32
+#if VECTOR_BYTES == 64 && FLOAT_BITS == 32
 static inline vec fma_vec(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 static inline vec maximum(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline vec select_lanes(uint64_t word, vec a, vec b) {
@@ -49,7 +50,7 @@ static inline vec load_part(const REAL *p, int n) { return (vec)_mm512_maskz_loa
 static inline void store_part(REAL *p, vec x, int n) {
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)x);
 }
-#elif defined(__AVX512F__) && VECTOR_BYTES == 64
+#elif VECTOR_BYTES == 64
 static inline vec fma_vec(vec a, vec b, vec c) { return (vec)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
 static inline vec maximum(vec a, vec b) { return (vec)_mm512_max_pd((__m512d)a, (__m512d)b); }
 static inline vec select_lanes(uint64_t word, vec a, vec b) {
@@ -60,28 +61,14 @@ static inline void store_part(REAL *p, vec x, int n) {
     _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)x);
 }
 #else
-#if FLOAT_BITS == 32
-static const bits lane_bit = {
-    1,   2,   4,    8,
-#if VECTOR_BYTES >= 32
-    16,  32,  64,   128,
-#endif
-#if VECTOR_BYTES >= 64
-    256, 512, 1024, 2048, 4096, 8192, 16384, 32768,
-#endif
-};
+#if VECTOR_BYTES * 8 / FLOAT_BITS == 8
+static const bits lane_bit = {1, 2, 4, 8, 16, 32, 64, 128};
+#elif VECTOR_BYTES * 8 / FLOAT_BITS == 4
+static const bits lane_bit = {1, 2, 4, 8};
 #else
-static const bits lane_bit = {
-    1,  2,
-#if VECTOR_BYTES >= 32
-    4,  8,
+static const bits lane_bit = {1, 2};
 #endif
-#if VECTOR_BYTES >= 64
-    16, 32, 64, 128,
-#endif
-};
-#endif
-#if defined(__AVX2__) && VECTOR_BYTES == 32 && FLOAT_BITS == 32
+#if VECTOR_BYTES == 32 && FLOAT_BITS == 32
 static inline vec fma_vec(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 static inline vec maximum(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
 static inline vec select_lanes(uint64_t word, vec a, vec b) {
@@ -93,7 +80,7 @@ static inline __m256i first_lanes(int n) {
 }
 static inline vec load_part(const REAL *p, int n) { return (vec)_mm256_maskload_ps(p, first_lanes(n)); }
 static inline void store_part(REAL *p, vec x, int n) { _mm256_maskstore_ps(p, first_lanes(n), (__m256)x); }
-#elif defined(__AVX2__) && VECTOR_BYTES == 32
+#elif VECTOR_BYTES == 32
 static inline vec fma_vec(vec a, vec b, vec c) { return (vec)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
 static inline vec maximum(vec a, vec b) { return (vec)_mm256_max_pd((__m256d)a, (__m256d)b); }
 static inline vec select_lanes(uint64_t word, vec a, vec b) {

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a small byte-level language model on the Python standard library's own sources, with NumPy and combiner alone.
 
-The model is a plain transformer: embedding, then blocks of attention and MLP, then a softmax over the next byte; `forward`
-and `backward` spell out both directions pass by pass. It is trained twice from the same weights on the same batches:
-once with Combiner-Fixed, whose queries see their own span and a summary of every earlier one, once with the sparse
-pattern it replaces. The score is the number of bits per byte on files that the training never saw.
+The model is a plain transformer: embedding, then blocks of attention and MLP, then a softmax over the next byte;
+`forward` and `backward` spell out both directions pass by pass. It is trained twice from the same weights on the same
+batches: once with Combiner-Fixed, whose queries see their own span and a summary of every earlier one, once with the
+sparse pattern it replaces. The score is the number of bits per byte on files that the training never saw.
 
     python examples/train_bytes.py                  # about a minute and a half
     python examples/train_bytes.py --length 4096    # longer context; dense attention falls behind further
@@ -253,7 +253,9 @@ def train(
 
 def evaluate(p: Arrays, pattern: Pattern, tokens: np.ndarray, targets: np.ndarray) -> float:
     """Mean bits per byte of targets [B, L], window by window."""
-    return float(np.mean([loss(forward(p, t[None], pattern)[0], y[None])[0] for t, y in zip(tokens, targets)]))
+    return float(
+        np.mean([loss(forward(p, t[None], pattern)[0], y[None])[0] for t, y in zip(tokens, targets, strict=True)])
+    )
 
 
 def sample(p: Arrays, pattern: Pattern, prompt: np.ndarray, count: int, rng: np.random.Generator) -> bytes:
@@ -411,7 +413,7 @@ def main() -> None:
         sys.exit("the gradients are wrong")
 
     twins = {"Combiner-Fixed": pattern, "sparse Fixed": pattern.sparse()}
-    bits = dict(zip(("unigram", "bigram"), count_models(text.train, *held_out)))
+    bits = dict(zip(("unigram", "bigram"), count_models(text.train, *held_out), strict=True))
     models = {}
     for name, twin in twins.items():
         weights = train(first, dim, twin, text, length, args.steps, args.seed, name)

@@ -167,6 +167,34 @@ def test_causal_prefix(rng, pattern, dtype):
             assert not y[:, :, length:].any()
 
 
+@pytest.mark.parametrize("pattern", [Fixed(64), Fixed(600), LogSparse(), LogSparse(hierarchical=True)], ids=str)
+def test_long_causal_prefix(rng, pattern):
+    """The same beyond the sizes of tasks and of LogSparse's chunks."""
+    arrays = draw(rng, L=4500, B=1, Hq=1, Hk=1, D=4, Dv=4)
+    for length in (601, 1024, 2049, 4095, 4097):
+        short, long = [x[:, :, :length] for x in arrays], [x.copy() for x in arrays]
+        for cotangent in long[3:]:
+            cotangent[:, :, length:] = 0
+        actual, expected = run(short, pattern, is_causal=True), run(long, pattern, is_causal=True)
+        for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
+            np.testing.assert_array_equal(x, y[:, :, :length], err_msg=f"{name} of the first {length}")
+
+
+@both_directions
+def test_many_heads(rng, is_causal):
+    """More heads than are worked on at once, each as if it were alone."""
+    arrays = draw(rng, L=40, B=6, Hq=24, Hk=12, D=6, Dv=6)
+    expected = run(arrays, LogSparse(), is_causal=is_causal)
+    with combiner.num_threads(3):
+        assert_same(run(arrays, LogSparse(), is_causal=is_causal), expected)
+    for b, h in ((0, 0), (3, 7), (5, 11)):
+        part = [x[b : b + 1, h : h + 1] if x.shape[1] == 12 else x[b : b + 1, 2 * h : 2 * h + 2] for x in arrays]
+        actual = run(part, LogSparse(), is_causal=is_causal)
+        for x, y in zip(actual, expected, strict=True):
+            heads = slice(h, h + 1) if y.shape[1] == 12 else slice(2 * h, 2 * h + 2)
+            assert x.tobytes() == y[b : b + 1, heads].tobytes()
+
+
 @pytest.mark.skipif(len(combiner.info()["isas"]) < 3, reason="needs two instruction sets with FMA")
 @both_dtypes
 @both_directions

@@ -125,6 +125,24 @@ def test_largest_sizes(rng):
         close(combiner.attention(q, k, v, Fixed(4)), reference.attention(q, k, v, Fixed(4)), 1e-12, "out")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("is_causal", (True, False))
+@pytest.mark.parametrize(
+    "pattern, L",
+    [(Fixed(600), 1900), (Fixed(), 1100), (LogSparse(), 4300), (LogSparse(hierarchical=True), 4300), (Dense(), 700)],
+    ids=str,
+)
+def test_long(rng, pattern, L, is_causal):
+    """Beyond the sizes of tasks and of LogSparse's chunks, forward and backward."""
+    q, k, v, grad_out = rng.standard_normal((4, 1, 2, L, 4))
+    out, saved = combiner.attention_forward(q, k[:, :1], v[:, :1], pattern, is_causal=is_causal)
+    expected, exact = reference.attention_forward(q, k[:, :1], v[:, :1], pattern, is_causal=is_causal)
+    close(out, expected, 1e-11, "out")
+    gradients = combiner.attention_backward(grad_out, saved)
+    for name, x, y in zip("qkv", gradients[:3], reference.attention_backward(grad_out, exact)[:3], strict=True):
+        close(x, y, 1e-10 * (1 + np.abs(y).max()), f"d{name}")
+
+
 @pytest.mark.parametrize("size", (0, 1e-3, 1e3, 1e18))
 def test_any_size_of_logits(rng, size):
     """One logit may outweigh all others; sums of exponentials neither overflow nor vanish."""

@@ -31,6 +31,10 @@ def check(problem, plan) -> None:
         judge.accepts_forward(out)
         judge.accepts_backward(combiner.attention_backward(p.grad_out, saved, grad_lse=p.grad_lse))
         summary = combiner.summarize(*p.inputs, plan, **p.options)
+        expected = combiner.reference.summarize(*p.inputs, problem.pattern, **p.options)
+        for name, x, exact in zip(summary._fields, summary, expected, strict=True):
+            size = 1 + np.abs(np.where(np.isfinite(exact), exact, 0)).max(initial=0)
+            close(x, exact, (1e-10 if dtype == np.float64 else 1e-4) * size, f"summary {name}")
         rest = {name: x for name, x in p.options.items() if not name.startswith("region")}
         judge.accepts_forward(*combiner.attend(*p.inputs, *summary[:2], plan, return_lse=True, **rest))
 
@@ -199,9 +203,14 @@ class Arrays:
         if not rows:
             return
         self.tile.append((*self.row_list(lanes), len(self.run), width))
-        full = [row for row, mask in rows if mask == (1 << len(lanes)) - 1 and self.rng.random() < 0.7]
-        kept = list(full)
-        masked = [(row, mask) for row, mask in rows if row not in kept or kept.remove(row)]
+        everyone, full, masked = (1 << len(lanes)) - 1, [], []
+        for row, mask in rows:
+            if mask == everyone and self.rng.random() < 0.7:
+                full.append(row)
+            else:
+                masked.append((row, mask))
+                if self.rng.random() < 0.1:  # a row that no lane sees
+                    masked.append((int(self.rng.integers(self.L)), 0))
         if full:
             self.run.append((*self.row_list(full), -1))
         if masked:
@@ -225,13 +234,35 @@ def test_random_arrays(seed):
     )
     Hk, group = rng.integers(1, 3, 2).tolist()
     masked, given = rng.choice([0, 0, 0.3, 0.8]), rng.choice(["", "", "query", "key", "query key"])
+    D, Dv = rng.choice([1, 5, 16, 33, 70], 2).tolist()
     case = Case(
-        "arrays", len(parts.direct), 1, Hk * group, Hk, 5, 7, is_causal, masked=float(masked), given=given.item()
+        "arrays", len(parts.direct), 1, Hk * group, Hk, D, Dv, is_causal, masked=float(masked), given=given.item()
     )
     problem = draw(rng, parts, case)
     plan = Arrays(rng, parts, is_causal).plan
     for _ in each_isa():
         check(problem, plan)
+
+
+def test_a_scratch_row_is_written_once():
+    """Backward pools a task again, whole: an earlier value of a row would be lost."""
+    L, region, scratch = 4, 4, 6
+    arrays = {
+        "wave": [0, 1],
+        "task": [[0, 0], [4, 0]],
+        "pool": [[scratch, 0, 1, 2], [region, scratch, 1, 1], [scratch, 2, 1, 2], [region + 1, scratch, 1, 1]],
+        "tile": [[0, 1, 0, 0, 0]],
+        "run": np.zeros((0, 4), np.int32),
+        "index": np.zeros(0, np.int32),
+        "mask": np.zeros(0, np.uint64),
+    }
+    with pytest.raises(ValueError, match="scratch row 0 a second time"):
+        Plan.from_arrays(**arrays, length=L, regions=2, scratch=1)
+    arrays["pool"][2][0] = arrays["pool"][3][1] = scratch + 1
+    assert [rows.tolist() for rows in Plan.from_arrays(**arrays, length=L, regions=2, scratch=2).regions] == [
+        [0, 1],
+        [2, 3],
+    ]
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -132,7 +132,7 @@ def test_bad_patterns(make, error, says):
 @pytest.mark.parametrize("is_causal", (True, False))
 @pytest.mark.parametrize("make", EVERY, ids=lambda make: str(make()))
 def test_long_plans_say_what_the_spec_says(make, is_causal):
-    for L in (1023, 2100):
+    for L in (1023, 2100) if make is Dense else (1023, 2100, 4200):
         check(make().plan(L, is_causal), reference.parts(make(), L, is_causal), L, is_causal)
 
 

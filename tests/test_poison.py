@@ -70,10 +70,10 @@ def test_poison(rng, pattern, is_causal, tensor, dtype):
     for isa in each_isa():
         actual = backward(combiner, inputs, pattern, is_causal)
         for name, x, exact in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
-            spoiled, exactly = (~np.isfinite(y.reshape(1 + len(poisons), L, -1)).all(-1) for y in (x, exact))
+            spoiled, exactly = (~np.isfinite(y.reshape(1 + len(poisons), L, -1)) for y in (x, exact))
             for n, (j, poison) in enumerate(poisons):
-                wrong = np.flatnonzero(spoiled[1 + n] != exactly[1 + n])
-                assert not len(wrong), f"{isa}: {poison} at {j}: rows {wrong} of {name}"
+                wrong = np.argwhere(spoiled[1 + n] != exactly[1 + n])
+                assert not len(wrong), f"{isa}: {poison} at {j}: {wrong.tolist()} of {name}"
         for n, (j, poison) in enumerate(poisons):
             kept = ~reads[:, j]  # the queries that do not read the position
             untouched = kept & ~keys[reads[:, j]].any(axis=0)  # and the positions that no other query reads
@@ -126,6 +126,93 @@ def test_nothing_to_attend_to(pattern, is_causal):
             assert not any(x[1, :, :20].any() for x in gradients[:3])
         if pattern.plan(L, is_causal).is_full:  # a query that resumes its softmax rounds its log
             np.testing.assert_allclose(out[1, :, 20:], 1, rtol=0, atol=8 * np.finfo(dtype).eps)
+
+
+@both_directions
+@every_pattern
+def test_poison_of_a_query_that_attends_nothing(rng, pattern, is_causal):
+    """Its query, and the cotangents of its out and lse, reach nothing: it has no gradient to pass on."""
+    blocked = 11 if is_causal else L
+    mask = np.arange(L) >= blocked
+    for dtype in (np.float32, np.float64):
+        q, k, v, grad_out, grad_lse = (rng.standard_normal((2, L, 5)).astype(dtype) for _ in range(5))
+        grad_lse = grad_lse[..., 0]
+
+        def everything(q, grad_out, grad_lse, k=k, v=v):
+            out, saved = combiner.attention_forward(q, k, v, pattern, is_causal=is_causal, key_mask=mask)
+            return out, saved["lse"], *combiner.attention_backward(grad_out, saved, grad_lse=grad_lse)[:3]
+
+        for _ in each_isa():
+            clean = everything(q, grad_out, grad_lse)
+            spoiled = []
+            for x in (q, grad_out, grad_lse):
+                x = x.copy()
+                x[:, :blocked] = np.nan
+                spoiled.append(x)
+            for x, y in zip(everything(*spoiled), clean, strict=True):
+                assert x.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("which", ("grad_out", "grad_lse"))
+@both_directions
+@every_pattern
+def test_poisoned_cotangents(rng, pattern, is_causal, which):
+    """A NaN in the gradient of one query reaches the gradients of what it reads, as the reference says."""
+    keys = depends(pattern, is_causal, 1)
+    for dtype in (np.float32, np.float64):
+        q, k, v = (np.repeat(rng.standard_normal((1, 1, L, 4)).astype(dtype), 1 + L, axis=0) for _ in range(3))
+        grad_out = np.repeat(rng.standard_normal((1, 1, L, 4)).astype(dtype), 1 + L, axis=0)
+        grad_lse = np.repeat(rng.standard_normal((1, 1, L)).astype(dtype), 1 + L, axis=0)
+        for i in range(L):
+            poisoned = grad_out[1 + i, 0, i] if which == "grad_out" else grad_lse[1 + i, 0]
+            poisoned[i % 4 if which == "grad_out" else i] = (np.nan, np.inf, -np.inf)[i % 3]
+        with np.errstate(all="ignore"):
+            _, exact = reference.attention_forward(q, k, v, pattern, is_causal=is_causal)
+            expected = reference.attention_backward(grad_out, exact, grad_lse=grad_lse)
+        for isa in each_isa():
+            _, saved = combiner.attention_forward(q, k, v, pattern, is_causal=is_causal)
+            actual = combiner.attention_backward(grad_out, saved, grad_lse=grad_lse)
+            for name, x, y in zip(("dq", "dk", "dv"), actual[:3], expected[:3], strict=True):
+                spoiled, exactly = (~np.isfinite(z[1:, 0]) for z in (x, y))
+                np.testing.assert_array_equal(spoiled, exactly, err_msg=f"{isa}: {name}")
+                for i in range(L):
+                    untouched = ~keys[i] & (np.arange(L) != i)
+                    assert x[1 + i, 0, untouched].tobytes() == x[0, 0, untouched].tobytes(), f"{isa}: {name}, {i}"
+
+
+@both_directions
+@pytest.mark.parametrize("pattern", [Fixed(6), LogSparse(), LogSparse(hierarchical=True)], ids=str)
+def test_rows_of_regions_out_of_use_are_not_read(rng, pattern, is_causal):
+    """Given keys, queries and values of a region that nobody attends, or that is masked whole, may hold anything."""
+    mask = ~((np.arange(L) >= 6) & (np.arange(L) < 18))
+    for dtype in (np.float32, np.float64):
+        q, k, v, grad = (rng.standard_normal((2, L, 5)).astype(dtype) for _ in range(4))
+        options = {"is_causal": is_causal, "key_mask": mask}
+        summary = combiner.summarize(q, k, v, pattern, **options)
+        unused = np.isneginf(summary.lse)
+        assert unused.any() and not unused.all()
+        given = [rng.standard_normal(summary.key.shape).astype(dtype) for _ in range(2)]
+        spoiled = [np.where(unused[..., None], np.nan, x).astype(dtype) for x in given]
+        for _ in each_isa():
+            results = []
+            for region_query, region_key in (given, spoiled):
+                regions = {"region_query": region_query, "region_key": region_key}
+                out, saved = combiner.attention_forward(q, k, v, pattern, **options, **regions)
+                again = combiner.summarize(q, k, v, pattern, **options, **regions)
+                results.append([out, *combiner.attention_backward(grad, saved), *again])
+            for x, y in zip(*results, strict=True):
+                assert x.tobytes() == y.tobytes()
+            assert not results[1][4][unused].any() and not results[1][5][unused].any()
+            results = []
+            for region_key, region_value in (summary[:2], spoiled):
+                region_key, region_value = (
+                    np.where(unused[..., None], x, y)
+                    for x, y in zip((region_key, region_value), summary[:2], strict=True)
+                )
+                out, saved = combiner.attend_forward(q, k, v, region_key, region_value, pattern, **options)
+                results.append([out, *combiner.attend_backward(grad, saved)])
+            for x, y in zip(*results, strict=True):
+                assert x.tobytes() == y.tobytes()
 
 
 @both_directions

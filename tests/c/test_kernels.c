@@ -223,7 +223,9 @@ static void exp2_of_floats(void) {
     check_exp2_floats(0.0f, 1.0f, step, worst);
     for (int isa = 0; isa < cmb_isa_count(); isa++) {
         printf("  %s: %.3f ulp\n", isas[isa].name, worst[isa]);
-        CHECK(worst[isa] <= 0.85, "%s: %.3f ulp", isas[isa].name, worst[isa]);
+        /* without FMA the polynomial rounds twice a step */
+        const double bound = strcmp(isas[isa].name, "base") == 0 ? 1.1 : 0.85;
+        CHECK(worst[isa] <= bound, "%s: %.3f ulp", isas[isa].name, worst[isa]);
     }
 }
 
@@ -233,10 +235,12 @@ static void exp2_of_doubles(void) {
     static long double right[COUNT];
     /* valgrind computes long double in double: then the definition may be half a unit off itself */
     const volatile long double one = 1;
-    const long double bound = one + LDBL_EPSILON > one && LDBL_EPSILON < DBL_EPSILON ? 1.0L : 1.6L;
+    const long double loose = one + LDBL_EPSILON > one && LDBL_EPSILON < DBL_EPSILON ? 0 : 0.6L;
     for (int i = 0; i < COUNT; i++) {
-        x[i] = i % 4 == 0 ? uniform(-1022, 1) : i % 4 == 1 ? uniform(-2, 1) : i % 4 == 2 ? uniform(-60, 0)
-                                                              : ldexp(uniform(-1, 1), -random_below(60));
+        x[i] = i % 4 == 0   ? uniform(-1022, 1)
+               : i % 4 == 1 ? uniform(-2, 1)
+               : i % 4 == 2 ? uniform(-60, 0)
+                            : ldexp(uniform(-1, 1), -random_below(60));
         right[i] = exp2l(x[i]);
     }
     for (int isa = 0; isa < cmb_isa_count(); isa++) {
@@ -246,6 +250,7 @@ static void exp2_of_doubles(void) {
             const long double error = fabsl(y[i] - right[i]) / ldexpl(1, ilogbl(right[i]) - 52);
             worst = error > worst ? error : worst;
         }
+        const long double bound = (strcmp(isas[isa].name, "base") == 0 ? 1.2L : 1.0L) + loose;
         printf("  %s: %.3Lf ulp\n", isas[isa].name, worst);
         CHECK(worst < bound, "%s: %.3Lf ulp", isas[isa].name, worst);
     }
@@ -254,18 +259,18 @@ static void exp2_of_doubles(void) {
 /* ---- timing ------------------------------------------------------------------------------------- */
 
 /* What no kernel can pass: twelve sums, each multiply-add waiting only for its own last. */
-#define MULTIPLY_ADD_LOOP(name, target, real, bytes)                                                                   \
-    target static __attribute__((noinline)) double name(int64_t rounds, real factor) {                                 \
-        typedef real vec __attribute__((vector_size(bytes)));                                                          \
-        const vec f = (vec){0} + factor;                                                                               \
-        vec a = f, b = f, c = f, d = f, e = f, g = f, h = f, i = f, j = f, k = f, l = f, m = f;                        \
-        for (int64_t n = 0; n < rounds; n++) {                                                                         \
-            a = a * f + f, b = b * f + f, c = c * f + f, d = d * f + f, e = e * f + f, g = g * f + f;                  \
-            h = h * f + f, i = i * f + f, j = j * f + f, k = k * f + f, l = l * f + f, m = m * f + f;                  \
-            __asm__ volatile("" ::: "memory");                                                                         \
-        }                                                                                                              \
-        a += b + c + d + e + g + h + i + j + k + l + m;                                                                \
-        return (double)a[0];                                                                                           \
+#define MULTIPLY_ADD_LOOP(name, target, real, bytes)                                                  \
+    target static __attribute__((noinline)) double name(int64_t rounds, real factor) {                \
+        typedef real vec __attribute__((vector_size(bytes)));                                         \
+        const vec f = (vec){0} + factor;                                                              \
+        vec a = f, b = f, c = f, d = f, e = f, g = f, h = f, i = f, j = f, k = f, l = f, m = f;       \
+        for (int64_t n = 0; n < rounds; n++) {                                                        \
+            a = a * f + f, b = b * f + f, c = c * f + f, d = d * f + f, e = e * f + f, g = g * f + f; \
+            h = h * f + f, i = i * f + f, j = j * f + f, k = k * f + f, l = l * f + f, m = m * f + f; \
+            __asm__ volatile("" ::: "memory");                                                        \
+        }                                                                                             \
+        a += b + c + d + e + g + h + i + j + k + l + m;                                               \
+        return (double)a[0];                                                                          \
     }
 MULTIPLY_ADD_LOOP(loop_base_f32, , float, 16)
 MULTIPLY_ADD_LOOP(loop_base_f64, , double, 16)
@@ -335,11 +340,21 @@ int main(int argc, char **argv) {
     sigaction(SIGBUS, &fault, NULL);
 #define BOTH(function) TEST(function##_f32), TEST(function##_f64)
     static const test_case tests[] = {
-        BOTH(pack),          BOTH(product),          BOTH(dot),
-        BOTH(softmax),       BOTH(softmax_backward), BOTH(softmax_not_finite),
-        BOTH(row_softmax),   BOTH(row_softmax_backward), BOTH(scale_and_divide),
-        BOTH(finite),        BOTH(max_pool),         BOTH(max_pool_rules),
-        BOTH(max_pool_backward), BOTH(exp2_edges),   TEST(exp2_of_floats),
+        BOTH(pack),
+        BOTH(product),
+        BOTH(dot),
+        BOTH(softmax),
+        BOTH(softmax_backward),
+        BOTH(softmax_not_finite),
+        BOTH(row_softmax),
+        BOTH(row_softmax_backward),
+        BOTH(scale_and_divide),
+        BOTH(finite),
+        BOTH(max_pool),
+        BOTH(max_pool_rules),
+        BOTH(max_pool_backward),
+        BOTH(exp2_edges),
+        TEST(exp2_of_floats),
         TEST(exp2_of_doubles),
     };
     return test_main(kept, argv, tests, sizeof tests / sizeof *tests);

@@ -57,8 +57,8 @@ static void T(check_near)(int isa, const char *what, int64_t at, REAL got, WIDE 
     if (want != want)
         CHECK(got != got, "%s %s[%lld] is %g, not NaN: %s", isas[isa].name, what, (long long)at, (double)got, context);
     else
-        CHECK(WIDE_ABS((WIDE)got - want) <= slack, "%s %s[%lld] is %.17g, not %.17g within %g: %s", isas[isa].name, what,
-              (long long)at, (double)got, (double)want, (double)slack, context);
+        CHECK(WIDE_ABS((WIDE)got - want) <= slack, "%s %s[%lld] is %.17g, not %.17g within %g: %s", isas[isa].name,
+              what, (long long)at, (double)got, (double)want, (double)slack, context);
 }
 
 /* ---- packing and products ----------------------------------------------------------------------- */
@@ -127,8 +127,9 @@ static void T(product)(void) {
             T(check_product)(m, n, 3, 1, 0, m % 2);
     for (int round = 0; round < 400; round++) {
         const int steps[] = {0, 1, 16, 64};
-        T(check_product)(random_below(27), random_below(112), random_below(40), steps[random_below(4)],
-                         random_below(3) * random_below(20), random_below(2));
+        T(check_product)
+        (random_below(27), random_below(112), random_below(40), steps[random_below(4)],
+         random_below(3) * random_below(20), random_below(2));
     }
     T(check_product)(64, 64, 96, 64, 0, true);
     T(check_product)(30, 64, 64, 1, 0, false);
@@ -286,7 +287,8 @@ static void T(softmax_not_finite)(void) {
                     CHECK(T(same)(new_m[t], clean_m[t]) && T(same)(new_l[t], clean_l[t]) && alpha[t] == 1, "%s: %s",
                           isas[isa].name, context);
                     for (int i = 0; i < N; i++)
-                        CHECK(T(same)(p[i * CMB_GROUP + t], clean[i * CMB_GROUP + t]), "%s: %s", isas[isa].name, context);
+                        CHECK(T(same)(p[i * CMB_GROUP + t], clean[i * CMB_GROUP + t]), "%s: %s", isas[isa].name,
+                              context);
                 }
             }
             check_fence();
@@ -332,7 +334,8 @@ static void T(row_softmax)(void) {
 static void T(check_derivative)(int isa, int64_t at, REAL s, REAL dp, REAL lse2, REAL delta, REAL scale, bool live,
                                 REAL got_p, REAL got_ds) {
     WIDE slack = 0;
-    const WIDE p = live ? T(power)(s, (WIDE)lse2, &slack) : 0, factor = live ? ((WIDE)dp - (WIDE)delta) * (WIDE)scale : 0;
+    const WIDE p = live ? T(power)(s, (WIDE)lse2, &slack) : 0,
+               factor = live ? ((WIDE)dp - (WIDE)delta) * (WIDE)scale : 0;
     T(check_near)(isa, "p", at, got_p, p, slack);
     T(check_near)(isa, "ds", at, got_ds, p * factor, WIDE_ABS(factor) * (slack + 2 * REAL_EPSILON * p) + REAL_LEAST);
     CHECK(live || (T(same)(got_p, 0) && T(same)(got_ds, 0)), "%s [%lld] is masked, not 0: %s", isas[isa].name,
@@ -367,10 +370,9 @@ static void T(check_softmax_backward)(int n, int width, int lane0, bool masked, 
                 CHECK(T(same)(p[i], s[i]) && T(same)(ds[i], dp[i]), "%s: wrote to lane %d: %s", isas[isa].name, t,
                       context);
             else if (i != odd || (mask && !(mask[i / width] >> t & 1)))
-                T(check_derivative)(isa, i, s[i], dp[i], lse2[t], delta[t], factor,
-                                    !mask || mask[i / width] >> t & 1, p[i], ds[i]);
-            else
-                CHECK(!isfinite(ds[i]), "%s [%lld]: %s", isas[isa].name, (long long)i, context);
+                T(check_derivative)
+            (isa, i, s[i], dp[i], lse2[t], delta[t], factor, !mask || mask[i / width] >> t & 1, p[i], ds[i]);
+            else CHECK(!isfinite(ds[i]), "%s [%lld]: %s", isas[isa].name, (long long)i, context);
         }
         T(digest)(p, size);
         T(digest)(ds, size);
@@ -531,7 +533,8 @@ static void T(max_pool_backward)(void) {
                 for (int64_t d = 0; d < dim; d++) {
                     bool given = false;
                     for (int i = 0; i < n; i++) {
-                        const bool hit = !given && (row[i][d] == top[d] || (row[i][d] != row[i][d] && top[d] != top[d]));
+                        const bool hit =
+                            !given && (row[i][d] == top[d] || (row[i][d] != row[i][d] && top[d] != top[d]));
                         CHECK(T(same)(got[i][d], hit ? before[i][d] + grad[d] : before[i][d]), "%s row %d [%lld]: %s",
                               isas[isa].name, i, (long long)d, context);
                         given |= hit;
@@ -578,20 +581,20 @@ static void T(exp2_edges)(void) {
 enum { T(CHUNK) = 384 / (int)sizeof(REAL) }; /* rows that a tile takes at a time */
 
 /* The best of many runs; `work` in the unit of the figure. */
-#define MEASURE(work, unit, call, ...)                                                                                 \
-    do {                                                                                                               \
-        double best_ = 1e9, began_ = seconds();                                                                        \
-        char name_[64];                                                                                                \
-        do {                                                                                                           \
-            const double start_ = seconds();                                                                           \
-            for (int repeat_ = 0; repeat_ < 20; repeat_++) {                                                           \
-                call;                                                                                                  \
-            }                                                                                                          \
-            const double took_ = (seconds() - start_) / 20;                                                            \
-            best_ = took_ < best_ ? took_ : best_;                                                                     \
-        } while (seconds() - began_ < 0.05);                                                                           \
-        snprintf(name_, sizeof name_, __VA_ARGS__);                                                                    \
-        printf("  %-44s %10.0f ns %8.2f %s\n", name_, best_ * 1e9, (double)(work) / best_ * 1e-9, unit);               \
+#define MEASURE(work, unit, call, ...)                                                                   \
+    do {                                                                                                 \
+        double best_ = 1e9, began_ = seconds();                                                          \
+        char name_[64];                                                                                  \
+        do {                                                                                             \
+            const double start_ = seconds();                                                             \
+            for (int repeat_ = 0; repeat_ < 20; repeat_++) {                                             \
+                call;                                                                                    \
+            }                                                                                            \
+            const double took_ = (seconds() - start_) / 20;                                              \
+            best_ = took_ < best_ ? took_ : best_;                                                       \
+        } while (seconds() - began_ < 0.05);                                                             \
+        snprintf(name_, sizeof name_, __VA_ARGS__);                                                      \
+        printf("  %-44s %10.0f ns %8.2f %s\n", name_, best_ * 1e9, (double)(work) / best_ * 1e-9, unit); \
     } while (0)
 
 static void T(bench)(const KERNELS *kernel) {

@@ -546,7 +546,8 @@ static void check_prefix(const factorization *f, int64_t longer) {
             if (rows[1].count > 96) { /* taken 96 at a time: what is seen keeps its place */
                 CHECK(rows[0].count <= rows[1].count);
                 rows[1].count = rows[0].count;
-                CHECK(are_equal(&rows[0], &rows[1]), "kind %d L %lld of %lld span %lld query row %lld", (int)f->kind, (long long)f->L, (long long)longer, (long long)f->span, (long long)x);
+                CHECK(are_equal(&rows[0], &rows[1]), "kind %d L %lld of %lld span %lld query row %lld", (int)f->kind,
+                      (long long)f->L, (long long)longer, (long long)f->span, (long long)x);
             }
         }
     }
@@ -569,7 +570,8 @@ static void test_prefixes(void) {
                     f.span = span[m];
                     if (f.kind == ROUTING && f.span > f.L) /* clusters would depend on the length */
                         continue;
-                    if (f.kind == FIXED || f.kind > TREE2 || (f.kind >= TREE && f.span > 1) || (f.kind < TREE && m == 0)) {
+                    if (f.kind == FIXED || f.kind > TREE2 || (f.kind >= TREE && f.span > 1) ||
+                        (f.kind < TREE && m == 0)) {
                         check_prefix(&f, f.L + 1);
                         check_prefix(&f, 333);
                     }
@@ -990,6 +992,11 @@ static void test_check_refuses(void) {
     plan = make_writable(FIXED, 100, true);
     damage(&plan->pool[1].row, 100);
     expect_broken(plan, "pool 1 writes region 0 a second time");
+    plan = make_writable(FIXED, 100, true);
+    damage(&plan->N, 1);
+    damage(&plan->pool[0].row, 100 + plan->R);
+    damage(&plan->pool[1].row, 100 + plan->R);
+    expect_broken(plan, "pool 1 writes scratch row 0 a second time in its task");
     plan = make_writable(FIXED, 100, true);
     damage(&plan->pool[1].child.count, 200);
     expect_broken(plan, "pool 1: its children lie outside the table");

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What README and the example say runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_readme_block(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_readme_names_files_that_exist():
+    text = (ROOT / "README.md").read_text()
+    names = re.findall(r"\]\(([\w./]+)\)", text) + [
+        "tests/" + name for name in re.findall(r"`(?:tests/)?(test_\w+\.py)`", text)
+    ]
+    assert names
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_example(tmp_path):
+    """All parts of the main job, at a size at which nothing is learned."""
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "attention.png"
+    command = [sys.executable, ROOT / "examples" / "train_bytes.py", "--quick", "--out", picture]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    )
+    assert done.returncode == 0, done.stderr
+    error = float(re.search(r"attention ([\d.e+-]+)", done.stdout)[1])
+    assert error < 1e-6  # central differences in float64: step^2 and rounding / step, both about 1e-9
+    for line in ("unigram", "bigram", "Combiner-Fixed", "sparse Fixed", "dense", "sample"):
+        assert line in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")

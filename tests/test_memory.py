@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory: none is lost over many calls, none is touched beyond an array's ends, and calls take O(L) of it."""
+
+import ctypes
+import gc
+import itertools
+import mmap
+import signal
+import tracemalloc
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import each_isa
+from fresh import fresh_process, run_python
+
+import combiner
+from combiner import Dense, Fixed, LogSparse, Plan, _core
+
+PATTERNS = [Dense(), Fixed(), LogSparse(), LogSparse(hierarchical=True), LogSparse().sparse()]
+
+
+def draw(L, Hq=2, Hk=1, D=5, Dv=3, dtype=np.float32) -> list[np.ndarray]:
+    """query, key, value, and the cotangents of out and lse."""
+    rng = np.random.default_rng(L)
+    return [rng.standard_normal(x).astype(dtype) for x in ((Hq, L, D), (Hk, L, D), (Hk, L, Dv), (Hq, L, Dv), (Hq, L))]
+
+
+# ---- nothing is lost
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc")
+@fresh_process(timeout=120, COMBINER_TEST_ALLOCATOR="1")
+def test_100000_small_calls():
+    """Of every kind, those that raise and plans of ever other lengths among them: at most 1 MiB more than at first."""
+    plans = itertools.cycle(pattern.plan(17, True) for pattern in PATTERNS)
+    q, k, v, grad_out, grad_lse = draw(17)
+    summary = combiner.summarize(q, k, v, Fixed())
+    expected = combiner.attention(q, k, v, Fixed(), is_causal=True).tobytes()
+
+    def four_calls(turn: int) -> None:
+        _, saved = combiner.attention_forward(q, k, v, next(plans))
+        combiner.attention_backward(grad_out, saved, grad_lse=grad_lse)
+        combiner.attend(q, k, v, summary.key, summary.value, Fixed())
+        if turn % 4 == 0:
+            combiner.attention(q[:, : turn % 13], k[:, : turn % 13], v[:, : turn % 13], Fixed(turn % 97 + 1))
+        elif turn % 4 == 1:
+            Plan.from_parts([[0], [1]], [[], [0]], [[0]], is_causal=True)
+        elif turn % 4 == 2:
+            try:
+                combiner.attention(q, k[:, 1:], v, Fixed())
+            except ValueError:
+                pass
+        else:
+            try:
+                Plan.from_parts([[0], [2]], is_causal=True)
+            except ValueError:
+                pass
+
+    for turn in range(2_500):
+        four_calls(turn)
+    gc.collect()
+    before, held = resident_bytes(), _core._live_bytes()
+    for turn in range(2_500, 25_000):
+        four_calls(turn)
+    gc.collect()
+    growth = resident_bytes() - before
+    assert growth <= 2**20, f"{growth / 2**10:.0f} KiB more"
+    assert _core._live_bytes() <= held + 2**16  # the plans kept last are others
+    assert combiner.attention(q, k, v, Fixed(), is_causal=True).tobytes() == expected
+
+
+@fresh_process(COMBINER_TEST_ALLOCATOR="1")
+def test_what_was_made_goes():
+    """Plans and what calls save, once nothing refers to them."""
+    q, k, v, grad_out, _ = draw(100)
+    inputs = [weakref.ref(x) for x in (q, k, v)]
+    plan = Plan.from_parts([[i] for i in range(100)], [[0]] * 100, [range(50)])
+    assert plan.is_full is False and len(plan.regions[0]) == 50
+    out, saved = combiner.attention_forward(q, k, v, plan)
+    gradients = combiner.attention_backward(grad_out, saved)
+    assert _core._live_bytes() >= plan.nbytes // 2 > 0
+    del q, k, v, plan, out, saved, gradients
+    assert [x() for x in inputs] == [None] * 3
+    assert _core._live_bytes() == 0
+
+
+# ---- nothing is touched that is not the arrays'
+
+
+class Guarded:
+    """Copies of arrays between two pages that may not be touched, against the one after or the one before."""
+
+    def __init__(self):
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.maps = []
+
+    def put(self, x: np.ndarray, at_end: bool) -> np.ndarray:
+        page = mmap.PAGESIZE
+        inside = -(-max(x.nbytes, 1) // page) * page
+        memory = mmap.mmap(-1, inside + 2 * page)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        first = page + (inside - x.nbytes if at_end else 0)
+        copy = np.frombuffer(memory, x.dtype, x.size, first).reshape(x.shape)
+        copy[...] = x
+        for border in (start, start + page + inside):
+            assert self.libc.mprotect(ctypes.c_void_p(border), ctypes.c_size_t(page), 0) == 0  # PROT_NONE
+        self.maps.append(memory)
+        return copy
+
+
+@pytest.mark.parametrize("where", ("before", "after"))
+def test_guard_pages_guard(where):
+    code = f"from test_memory import *; x = Guarded().put(np.zeros(99), {where == 'after'}); print(x[[0, -1]])"
+    beyond = "ctypes.string_at(x.ctypes.data " + ("+ x.nbytes, 1)" if where == "after" else "- 1, 1)")
+    assert run_python(code).stdout == "[0. 0.]\n"
+    assert run_python(f"{code}; {beyond}").returncode == -signal.SIGSEGV
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float64"))
+@fresh_process()
+def test_arrays_between_pages_that_may_not_be_touched(dtype):
+    """Inputs, `out`, a key mask and what the forward saved: no byte before or after them is read or written."""
+    sizes = itertools.cycle([*range(1, 36), 63, 65, 111])
+    for L in (1, 2, 7, 15, 17, 33, 63, 65, 129):
+        for pattern, is_causal, at_end in itertools.product(PATTERNS, (True, False), (True, False)):
+            D, Dv = next(sizes), next(sizes)
+            arrays = draw(L, 2, 1, D, Dv, dtype)
+            masks = {"key_mask": np.random.default_rng(L).random(L) < 0.8}
+            R = pattern.plan(L, is_causal).region_count
+            given = {"region_query": np.ones((2, R, D), dtype), "region_key": np.ones((1, R, D), dtype)}
+            for options in ({}, masks, given):
+                results = []
+                for put in (Guarded().put, lambda x, at_end: x.copy()):
+                    q, k, v, grad_out, grad_lse = (put(x, at_end) for x in arrays)
+                    inputs = {name: put(x, at_end) for name, x in options.items()}
+                    out = put(np.zeros_like(grad_out), at_end)
+                    _, saved = combiner.attention_forward(q, k, v, pattern, is_causal=is_causal, out=out, **inputs)
+                    for name in ("lse", "summary_value", "summary_lse"):
+                        saved[name] = put(saved[name], at_end)
+                    gradients = combiner.attention_backward(grad_out, saved, grad_lse=grad_lse)
+                    summary = combiner.summarize(q, k, v, pattern, is_causal=is_causal, **inputs)
+                    results.append([x.tobytes() for x in (out, *gradients, *summary) if x is not None])
+                assert results[0] == results[1], (L, pattern, is_causal, D, Dv)
+
+
+@fresh_process()
+def test_every_number_of_features_between_guard_pages():
+    """Each tail of a vector on each instruction set, with rows apart from one another too."""
+    plan = LogSparse(hierarchical=True).plan(19)
+    for _ in each_isa():
+        for D in range(1, 68):
+            for dtype in (np.float32, np.float64):
+                arrays = [Guarded().put(x, True) for x in draw(19, 1, 1, D, D, dtype)]
+                q, k, v, grad_out, grad_lse = arrays
+                out, saved = combiner.attention_forward(q, k, v, plan)
+                gradients = combiner.attention_backward(grad_out, saved, grad_lse=grad_lse)
+                assert all(np.isfinite(x).all() for x in (out, *gradients[:3]))
+                apart = [np.full((1, 19, D + 3), np.nan, dtype) for _ in range(5)]
+                views = [x[..., 3:] for x in apart]
+                for view, x in zip(views, (q, k, v, grad_out), strict=False):
+                    view[...] = x
+                _, saved = combiner.attention_forward(*views[:3], plan, out=views[4])
+                again = combiner.attention_backward(views[3], saved, grad_lse=grad_lse)
+                assert views[4].tobytes() == out.tobytes()
+                assert [x.tobytes() for x in again[:3]] == [x.tobytes() for x in gradients[:3]]
+                assert np.isnan(apart[4][..., :3]).all(), "written between rows"
+
+
+@pytest.mark.parametrize("mode", ("r", "c", "r+"))
+def test_memory_maps(tmp_path, mode):
+    """Inputs in a file, odd offsets included, read-only or not: the same bits, and the file's bytes stay."""
+    arrays = draw(83, D=21, Dv=13)
+    path = tmp_path / "arrays"
+    path.write_bytes(b"." * 12 + b"".join(x.tobytes() for x in arrays))
+    before = path.read_bytes()
+    views, offset = [], 12
+    for x in arrays:
+        views.append(np.memmap(path, x.dtype, mode, offset, x.shape))
+        offset += x.nbytes
+    for pattern in PATTERNS:
+        (out, saved), (again, saved_again) = (combiner.attention_forward(*x[:3], pattern) for x in (arrays, views))
+        assert type(again) is np.ndarray and again.tobytes() == out.tobytes()
+        gradients = combiner.attention_backward(arrays[3], saved, grad_lse=arrays[4])
+        gradients_again = combiner.attention_backward(views[3], saved_again, grad_lse=views[4])
+        assert [x.tobytes() for x in gradients[:3]] == [x.tobytes() for x in gradients_again[:3]]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_inputs_keep_their_bytes(pattern):
+    arrays = draw(150, 4, 2, 11, 9)
+    for x in arrays:
+        x[..., 3] = np.nan  # not even these are tidied
+        x.flags.writeable = False
+    before = [x.tobytes() for x in arrays]
+    q, k, v, grad_out, grad_lse = arrays
+    _, saved = combiner.attention_forward(q, k, v, pattern, is_causal=True)
+    kept = {name: x.tobytes() for name, x in saved.items() if isinstance(x, np.ndarray)}
+    combiner.attention_backward(grad_out, saved, grad_lse=grad_lse)
+    summary = combiner.summarize(q, k, v, pattern)
+    combiner.attend(q, k, v, summary.key, summary.value, pattern)
+    combiner.attention_weights(q, k, pattern)
+    assert [x.tobytes() for x in arrays] == before
+    assert {name: x.tobytes() for name, x in saved.items() if isinstance(x, np.ndarray)} == kept
+
+
+# ---- how much is taken
+
+
+@pytest.mark.parametrize("threads", (1, 4))
+@fresh_process(COMBINER_TEST_ALLOCATOR="1")
+def test_memory_grows_with_the_length(threads):
+    """What a call takes, its plan included, at most doubles with L and is less than its arrays."""
+    combiner.set_num_threads(threads)
+    for pattern in (Dense(), Fixed(), Fixed(64), LogSparse(), LogSparse(hierarchical=True)):
+        taken = {}
+        for L in (2048, 4096, 8192):
+            q, k, v, grad_out, _ = draw(L, 4, 4, 32, 32)
+            _, saved = combiner.attention_forward(q, k, v, pattern, is_causal=True)
+            for name, arrays, call in (
+                ("forward", 4, lambda: combiner.attention(q, k, v, pattern, is_causal=True)),  # noqa: B023
+                ("backward", 8, lambda: combiner.attention_backward(grad_out, saved)),  # noqa: B023
+            ):
+                _core._peak_bytes()
+                before = _core._live_bytes()
+                call()
+                taken[name, L] = _core._peak_bytes() - before + saved["plan"].nbytes
+                assert _core._live_bytes() == before
+                assert taken[name, L] <= arrays * q.nbytes, (pattern, name, L, taken)
+                assert L == 2048 or taken[name, L] <= 2.1 * taken[name, L // 2], (pattern, name, L, taken)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_strided_views_are_not_copied(pattern):
+    """NumPy's memory peaks at the results, of [L, H, D] layouts and padded rows too."""
+    L, H, D = 2048, 4, 16
+    rng = np.random.default_rng(0)
+    q, k, v, grad_out = rng.standard_normal((4, L, H, D + 1)).astype(np.float32).swapaxes(1, 2)[..., 1:]
+    combiner.attention(q, k, v, pattern)
+    results = q.size * 4
+    tracemalloc.start()
+    try:
+        _, saved = combiner.attention_forward(q, k, v, pattern)
+        forward = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        gradients = combiner.attention_backward(grad_out, saved)
+        backward = tracemalloc.get_traced_memory()[1] - tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    R = saved["plan"].region_count
+    assert forward <= results + 4 * H * (L + R * (D + 1)) + 2**16
+    assert backward <= 2**16, "more than the gradients"
+    assert len(gradients) == 5
