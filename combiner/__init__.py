@@ -18,7 +18,7 @@ from .functional import (
     summarize_backward,
     summarize_forward,
 )
-from .patterns import Dense, Fixed, LogSparse
+from .patterns import Axial, AxialMixture, Dense, Fixed, LogSparse, Routing, Tree
 from .plan import Plan
 from .process import get_num_threads, info, num_threads, set_isa, set_num_threads
 
@@ -26,12 +26,16 @@ __version__ = _core.VERSION
 
 __all__ = [
     "AttendGradients",
+    "Axial",
+    "AxialMixture",
     "Dense",
     "Fixed",
     "Gradients",
     "LogSparse",
     "Plan",
+    "Routing",
     "Summary",
+    "Tree",
     "attend",
     "attend_backward",
     "attend_forward",

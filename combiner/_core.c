@@ -163,13 +163,14 @@ static PyObject *wrap_plan(PyTypeObject *type, cmb_plan *plan, cmb_status status
     return self;
 }
 
-/* _build(name, length, argument, is_causal, sparse, pooling, size_bias): the argument is Fixed's span or whether
- * LogSparse is hierarchical. */
+/* _build(name, length, first, second, is_causal, sparse, pooling, size_bias): Fixed's span; whether LogSparse is
+ * hierarchical; Tree's branching and levels; Axial's width and order, 3 for rowmajor with weighted keys. */
 static PyObject *plan_build(PyObject *type, PyObject *args) {
     const char *name;
-    long long length, argument;
+    long long length, first, second;
     int is_causal, sparse, pooling, size_bias;
-    if (!PyArg_ParseTuple(args, "sLLppip:_build", &name, &length, &argument, &is_causal, &sparse, &pooling, &size_bias))
+    if (!PyArg_ParseTuple(args, "sLLLppip:_build", &name, &length, &first, &second, &is_causal, &sparse, &pooling,
+                          &size_bias))
         return NULL;
     cmb_plan_options options = {is_causal, sparse, size_bias, (cmb_pooling)pooling};
     cmb_plan *plan = NULL;
@@ -177,9 +178,16 @@ static PyObject *plan_build(PyObject *type, PyObject *args) {
     cmb_status status;
     PyThreadState *thread = PyEval_SaveThread();
     if (!strcmp(name, "fixed"))
-        status = cmb_plan_fixed(length, argument, &options, &plan, &error);
+        status = cmb_plan_fixed(length, first, &options, &plan, &error);
     else if (!strcmp(name, "logsparse"))
-        status = cmb_plan_logsparse(length, argument != 0, &options, &plan, &error);
+        status = cmb_plan_logsparse(length, first != 0, &options, &plan, &error);
+    else if (!strcmp(name, "axial"))
+        status = cmb_plan_axial(length, first, second == 3 ? CMB_AXIAL_ROWMAJOR : (cmb_axial_order)second, second == 3,
+                                &options, &plan, &error);
+    else if (!strcmp(name, "axial_mixture"))
+        status = cmb_plan_axial_mixture(length, first, &options, &plan, &error);
+    else if (!strcmp(name, "tree"))
+        status = cmb_plan_tree(length, first, second, &options, &plan, &error);
     else
         status = cmb_plan_dense(length, &options, &plan, &error);
     PyEval_RestoreThread(thread);
@@ -231,6 +239,26 @@ out:
     Py_DECREF(given);
     Py_XDECREF(wide);
     return result;
+}
+
+/* _routing(clusters, is_causal, sparse, pooling, size_bias): the length is that of clusters. */
+static PyObject *plan_routing(PyObject *type, PyObject *args) {
+    PyObject *given;
+    int is_causal, sparse, pooling, size_bias;
+    if (!PyArg_ParseTuple(args, "Oppip:_routing", &given, &is_causal, &sparse, &pooling, &size_bias))
+        return NULL;
+    PyObject *clusters = read_integers(given, "clusters", NPY_INT64, 0);
+    if (!clusters)
+        return NULL;
+    cmb_plan_options options = {is_causal, sparse, size_bias, (cmb_pooling)pooling};
+    cmb_plan *plan = NULL;
+    cmb_error error;
+    PyThreadState *thread = PyEval_SaveThread();
+    cmb_status status =
+        cmb_plan_routing(PyArray_SIZE((PyArrayObject *)clusters), data_of(clusters), &options, &plan, &error);
+    PyEval_RestoreThread(thread);
+    Py_DECREF(clusters);
+    return wrap_plan((PyTypeObject *)type, plan, status, &error);
 }
 
 /* Reads (offsets, items) as lists that lie within their items; the library checks the rest. */
@@ -437,6 +465,7 @@ static PyObject *plan_nbytes(PyObject *self, void *closure) {
 
 static PyMethodDef plan_methods[] = {
     {"_build", plan_build, METH_VARARGS | METH_CLASS, NULL},
+    {"_routing", plan_routing, METH_VARARGS | METH_CLASS, NULL},
     {"_from_parts", plan_from_parts, METH_VARARGS | METH_CLASS, NULL},
     {"_from_arrays", plan_from_arrays, METH_VARARGS | METH_CLASS, NULL},
     {"_measure", plan_measure, METH_NOARGS, NULL},

@@ -38,12 +38,17 @@ class Plan:
         cls,
         name: str,
         length: int,
-        argument: int,
+        first: int,
+        second: int,
         is_causal: bool,
         sparse: bool,
         pooling: int,
         size_bias: bool,
         /,
+    ) -> Self: ...
+    @classmethod
+    def _routing(
+        cls, clusters: npt.ArrayLike, is_causal: bool, sparse: bool, pooling: int, size_bias: bool, /
     ) -> Self: ...
     @classmethod
     def _from_parts(

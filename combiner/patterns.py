@@ -7,11 +7,13 @@ causal, else all.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from .plan import POOLINGS, Plan, Pooling, as_integer, pooling_number
 
@@ -78,7 +80,7 @@ class Dense(Factorization):
         return self
 
     def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
-        return Plan._build("dense", length, 0, *self._options(is_causal, sparse))
+        return Plan._build("dense", length, 0, 0, *self._options(is_causal, sparse))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -101,8 +103,8 @@ class Fixed(Factorization):
             object.__setattr__(self, "span", as_integer("span", self.span, 1))
 
     def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
-        span = 1 << (length.bit_length() // 2) if self.span is None else self.span
-        return Plan._build("fixed", length, span, *self._options(is_causal, sparse))
+        span = _square_root(length) if self.span is None else self.span
+        return Plan._build("fixed", length, span, 0, *self._options(is_causal, sparse))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -125,7 +127,161 @@ class LogSparse(Factorization):
         _check_bool("hierarchical", self.hierarchical)
 
     def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
-        return Plan._build("logsparse", length, self.hierarchical, *self._options(is_causal, sparse))
+        return Plan._build("logsparse", length, self.hierarchical, 0, *self._options(is_causal, sparse))
+
+
+ORDERS = ("vertical", "horizontal", "rowmajor")  # as numbered in combiner.h
+ROW_KEYS = ("pick", "weighted")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Axial(Factorization):
+    """Combiner-Axial (section 4.3): positions lie row by row, `width` to a row; the own row and column directly.
+
+    L * sqrt(L) pairs for the default width, up to a factor. Regions by order, with t a position and n rows:
+
+    - "vertical": every other column's part above the own row (and, bidirectional, below it). Region t is t's column
+      down to and including t; bidirectional also region L + t, that column from t on.
+    - "horizontal": every other row without the own column. Region r * width + c is row r without column c.
+    - "rowmajor": the own row alone directly, every other row whole, with the query and key it has in the own column
+      (the nearest unmasked position at or before it, else after). Region t is the row of t, picked at t. No pooling.
+
+    The sparse baseline attends the own row and column.
+
+    Parameters
+    ----------
+    width : columns; None for the power of two nearest sqrt(L).
+    order : which parts of the grid are regions.
+    row_key : for rowmajor: "pick", or "weighted", the mean of the row's keys under the region's own softmax.
+    """
+
+    width: int | None = None
+    order: Literal["vertical", "horizontal", "rowmajor"] = "vertical"
+    row_key: Literal["pick", "weighted"] = "pick"
+
+    def __post_init__(self) -> None:
+        Factorization.__post_init__(self)
+        if self.width is not None:
+            object.__setattr__(self, "width", as_integer("width", self.width, 1))
+        _check_choice("order", self.order, ORDERS)
+        _check_choice("row_key", self.row_key, ROW_KEYS)
+        if self.row_key == "weighted" and self.order != "rowmajor":
+            raise ValueError(f"row_key may be 'weighted' only where order is 'rowmajor', got order {self.order!r}")
+
+    def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
+        width = _square_root(length) if self.width is None else self.width
+        order = 3 if self.row_key == "weighted" else ORDERS.index(self.order)
+        return Plan._build("axial", length, width, order, *self._options(is_causal, sparse))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class AxialMixture(Factorization):
+    """Combiner-Mixture (section 4.3): the own row and column directly, the rest twice, as columns and as rows.
+
+    Positions lie row by row, `width` to a row. All parts are in one softmax: every other column's part above (and,
+    bidirectional, below) the own row, every earlier (or other) row's part left and part right of the own column.
+    L * sqrt(L) pairs for the default width, up to a factor. Regions: `Axial`'s vertical ones, then with n rows
+    n * width left parts, row by row, then n * width right parts. The sparse baseline attends the own row and column.
+
+    Parameters
+    ----------
+    width : columns; None for the power of two nearest sqrt(L).
+    """
+
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        Factorization.__post_init__(self)
+        if self.width is not None:
+            object.__setattr__(self, "width", as_integer("width", self.width, 1))
+
+    def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
+        width = _square_root(length) if self.width is None else self.width
+        return Plan._build("axial_mixture", length, width, 0, *self._options(is_causal, sparse))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Tree(Factorization):
+    """A tree of blocks (not in the paper, after its remark on partition trees): siblings on the path from leaf to root.
+
+    A node of level t = 1 .. levels is an aligned block of branching^t positions; its members are its children. A query
+    attends its level-1 node directly, and on each level the other children of its node one level up; on the highest
+    level all other nodes. `Tree(2)` is `LogSparse(hierarchical=True)`, `Tree(b, 1)` is `Fixed(b)`. L * branching *
+    log(L) pairs. Regions: level 1, 2, .. while branching^t < L, in each the nodes from left to right. The sparse
+    baseline attends the own level-1 node.
+
+    Parameters
+    ----------
+    branching : children of a node, at least 2.
+    levels : None for as many as make one node cover L.
+    """
+
+    branching: int
+    levels: int | None = None
+
+    def __post_init__(self) -> None:
+        Factorization.__post_init__(self)
+        object.__setattr__(self, "branching", as_integer("branching", self.branching, 2))
+        if self.levels is not None:
+            object.__setattr__(self, "levels", as_integer("levels", self.levels, 1))
+
+    def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
+        return Plan._build("tree", length, self.branching, self.levels or 0, *self._options(is_causal, sparse))
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Routing(Factorization):
+    """Combiner-Routing (section 4.3): the own cluster directly, every other one as one region.
+
+    Causal: regions are the other clusters' members so far. L (L / C + C) pairs for C clusters of one size. Regions:
+    bidirectional, region c is cluster c, up to the largest id; causal, region t the members of t's cluster up to t.
+    The sparse baseline attends the own cluster. Compared by identity.
+
+    Parameters
+    ----------
+    clusters : integers in [0, L): `[L]`, or `[..., Hk, L]` with a set for each batch entry and key head. Copied.
+    """
+
+    clusters: npt.NDArray[Any]
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __post_init__(self) -> None:
+        Factorization.__post_init__(self)
+        clusters = np.asarray(self.clusters)
+        if clusters.size == 0:
+            clusters = clusters.astype(np.int64)
+        if not np.issubdtype(clusters.dtype, np.integer):
+            raise TypeError(f"clusters must hold integers, got {clusters.dtype}")
+        if clusters.ndim == 0:
+            raise ValueError("clusters must have shape [L] or [..., Hk, L], got ()")
+        length = clusters.shape[-1]
+        wrong = clusters[(clusters < 0) | (clusters >= length)]
+        if wrong.size:
+            raise ValueError(f"clusters must lie between 0 and {length - 1}, got {wrong[0]}")
+        clusters = clusters.astype(np.int64)
+        clusters.flags.writeable = False
+        object.__setattr__(self, "clusters", clusters)
+
+    def plan(self, length: int, is_causal: bool = False) -> Plan | tuple[Plan, ...]:  # type: ignore[override]
+        """The plan, or a tuple of one for each batch entry and key head, of `length` = L positions."""
+        return Factorization.plan(self, length, is_causal)
+
+    def _build(  # type: ignore[override]
+        self, length: int, is_causal: bool, sparse: bool
+    ) -> Plan | tuple[Plan, ...]:
+        if length != self.clusters.shape[-1]:
+            raise ValueError(f"clusters are of {self.clusters.shape[-1]} positions, got length {length}")
+        options = self._options(is_causal, sparse)
+        if self.clusters.ndim == 1:
+            return Plan._routing(self.clusters, *options)
+        sets = self.clusters.reshape(math.prod(self.clusters.shape[:-1]), length)
+        return tuple(Plan._routing(clusters, *options) for clusters in sets)
+
+    def __repr__(self) -> str:
+        shape = ", ".join(map(str, self.clusters.shape))
+        return f"Routing(<clusters [{shape}]>, pooling={self.pooling!r}, size_bias={self.size_bias})"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -157,3 +313,15 @@ def _plan(pattern: Factorization | Sparse, length: int, is_causal: bool) -> Plan
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _square_root(length: int) -> int:
+    """The power of two nearest sqrt(L)."""
+    return 1 << (length.bit_length() // 2)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from .patterns import Dense, Fixed, LogSparse, Sparse
+from .patterns import Axial, AxialMixture, Dense, Factorization, Fixed, LogSparse, Routing, Sparse, Tree
 
 Array: TypeAlias = np.ndarray
 Lists: TypeAlias = list[list[int]]
@@ -86,7 +86,7 @@ class Parts:
     weighted: bool = False
 
 
-Pattern: TypeAlias = Dense | Fixed | LogSparse | Sparse | Parts
+Pattern: TypeAlias = Factorization | Sparse | Parts
 
 
 def parts(pattern: Pattern, length: int, is_causal: bool = False) -> Parts:
@@ -132,12 +132,93 @@ def parts(pattern: Pattern, length: int, is_causal: bool = False) -> Parts:
                 else [j for j in range(L) if j >> level == n]
                 for level, n in blocks
             ]
+        case Axial() | AxialMixture():
+            return _axial_parts(pattern, L, is_causal)
+        case Tree():
+            b = pattern.branching
+            levels = [t for t in range(1, 1 + min(pattern.levels or L, L.bit_length())) if b**t < L]
+            nodes = [(t, n) for t in levels for n in range(-(-L // b**t))]
+            number = {node: r for r, node in enumerate(nodes)}
+            direct = [[j for j in support(i) if j // b == i // b] for i in range(L)]
+            regions = [
+                [
+                    r
+                    for r, (t, n) in enumerate(nodes)
+                    if (t == levels[-1] or n // b == i // b ** (t + 1)) and earlier_or_other(n, i // b**t)
+                ]
+                for i in range(L)
+            ]
+            members = [
+                [j for j in range(L) if j // b == n]
+                if t == 1
+                else [L + number[t - 1, c] for c in range(n * b, n * b + b) if (t - 1, c) in number]
+                for t, n in nodes
+            ]
+        case Routing():
+            of = pattern.clusters.tolist()
+            direct = [[j for j in support(i) if of[j] == of[i]] for i in range(L)]
+            if is_causal:
+                members = [[j for j in range(t + 1) if of[j] == of[t]] for t in range(L)]
+                latest = [{of[j]: j for j in range(i + 1)} for i in range(L)]
+                regions = [sorted(t for c, t in latest[i].items() if c != of[i]) for i in range(L)]
+            else:
+                ids = range(max(of, default=-1) + 1)
+                members = [[j for j in range(L) if of[j] == c] for c in ids]
+                regions = [[c for c in ids if c != of[i] and members[c]] for i in range(L)]
         case _:
             raise TypeError(f"pattern must be a factorization or Parts, got {type(pattern).__name__}")
     return Parts(direct, regions, members, pattern.pooling, pattern.size_bias)
 
 
-def _sparse_parts(pattern: Dense | Fixed | LogSparse, length: int, is_causal: bool = False) -> Parts:
+def _axial_parts(pattern: Axial | AxialMixture, length: int, is_causal: bool) -> Parts:
+    L, m = length, square_root(length) if pattern.width is None else pattern.width
+    order = pattern.order if isinstance(pattern, Axial) else "mixture"
+    row, col, n = [i // m for i in range(L)], [i % m for i in range(L)], -(-L // m)
+    cells = [(r, c) for r in range(n) for c in range(m)]
+    pick = None
+
+    def seen(r: int, i: int) -> bool:
+        """Whether query i reads row r as a region."""
+        return r < row[i] or (not is_causal and r > row[i])
+
+    members: Lists = []
+    sees: list[Callable[[int], bool]] = []  # whether query i attends the region
+    if order in ("vertical", "mixture"):
+        for t in range(L):
+            members.append([j for j in range(t + 1) if col[j] == col[t]])
+            sees.append(lambda i, t=t: col[i] != col[t] and row[t] == row[i] - 1)
+        for t in range(0 if is_causal else L):
+            members.append([j for j in range(t, L) if col[j] == col[t]])
+            sees.append(lambda i, t=t: col[i] != col[t] and row[t] == row[i] + 1)
+    sides: list[Callable[[int, int], bool]] = []  # whether column j lies in the part of its row for column c
+    if order == "horizontal":
+        sides = [lambda j, c: j != c]
+    elif order == "mixture":
+        sides = [lambda j, c: j < c, lambda j, c: j > c]
+    for side in sides:
+        for r, c in cells:
+            members.append([j for j in range(L) if row[j] == r and side(col[j], c)])
+            sees.append(lambda i, r=r, c=c: col[i] == c and seen(r, i))
+    if order == "rowmajor":
+        members = [[j for j in range(L) if row[j] == row[t]] for t in range(L)]
+        # At the query's column, or the last of a row that ends before it; and there the nearest one before, else after.
+        sees = [
+            lambda i, t=t: seen(row[t], i) and (col[t] == col[i] or (t == L - 1 and col[t] < col[i])) for t in range(L)
+        ]
+        pick = [
+            [j for j in range(t, -1, -1) if row[j] == row[t]] + [j for j in range(t + 1, L) if row[j] == row[t]]
+            for t in range(L)
+        ]
+    direct = [
+        [j for j in range(i + 1 if is_causal else L) if row[j] == row[i] or (order != "rowmajor" and col[j] == col[i])]
+        for i in range(L)
+    ]
+    regions = [[r for r, is_seen in enumerate(sees) if members[r] and is_seen(i)] for i in range(L)]
+    weighted = isinstance(pattern, Axial) and pattern.row_key == "weighted"
+    return Parts(direct, regions, members, pattern.pooling, pattern.size_bias, pick, weighted)
+
+
+def _sparse_parts(pattern: Factorization, length: int, is_causal: bool = False) -> Parts:
     """The parts of the sparse baseline of `pattern`: direct positions only, and what they leave out is left out."""
     L = length
     match pattern:
@@ -155,6 +236,19 @@ def _sparse_parts(pattern: Dense | Fixed | LogSparse, length: int, is_causal: bo
             def sees(i: int, j: int) -> bool:
                 level = (i ^ j).bit_length() - 1  # j lies in the sibling block of i at this level, or is i
                 return i == j or j == (j | (1 << level) - 1 if j < i else j >> level << level)
+        case Axial() | AxialMixture():
+            m = square_root(L) if pattern.width is None else pattern.width
+
+            def sees(i: int, j: int) -> bool:
+                return i // m == j // m or i % m == j % m
+        case Tree():
+
+            def sees(i: int, j: int) -> bool:
+                return i // pattern.branching == j // pattern.branching
+        case Routing():
+
+            def sees(i: int, j: int) -> bool:
+                return pattern.clusters[i] == pattern.clusters[j]
         case _:
             raise TypeError(f"pattern must be a factorization, got {type(pattern).__name__}")
     direct = [[j for j in range(i + 1 if is_causal else L) if sees(i, j)] for i in range(L)]

@@ -123,6 +123,25 @@ cmb_status cmb_plan_fixed(int64_t L, int64_t span, const cmb_plan_options *optio
 cmb_status cmb_plan_logsparse(int64_t L, bool hierarchical, const cmb_plan_options *options, cmb_plan **plan,
                               cmb_error *error);
 
+typedef enum {
+    CMB_AXIAL_VERTICAL,   /* the other columns, above the own row (and below it) */
+    CMB_AXIAL_HORIZONTAL, /* the other rows, without the own column */
+    CMB_AXIAL_ROWMAJOR,   /* the other rows, whole, each with the query and key it has in the own column: no pooling */
+} cmb_axial_order;
+
+/* Positions lie row by row, `width` to a row. weighted: rowmajor's keys are sum_j p(j|R) k_j, not picked. */
+cmb_status cmb_plan_axial(int64_t L, int64_t width, cmb_axial_order order, bool weighted,
+                          const cmb_plan_options *options, cmb_plan **plan, cmb_error *error);
+/* Vertical's regions and the rows' parts on both sides of the own column, in one softmax. */
+cmb_status cmb_plan_axial_mixture(int64_t L, int64_t width, const cmb_plan_options *options, cmb_plan **plan,
+                                  cmb_error *error);
+/* Nodes of level t hold branching^t positions; levels == 0: until one node covers L. branching >= 2. */
+cmb_status cmb_plan_tree(int64_t L, int64_t branching, int64_t levels, const cmb_plan_options *options, cmb_plan **plan,
+                         cmb_error *error);
+/* cluster[i], 0 <= cluster[i] < L, is the cluster of position i. */
+cmb_status cmb_plan_routing(int64_t L, const int64_t *cluster, const cmb_plan_options *options, cmb_plan **plan,
+                            cmb_error *error);
+
 /* Integer lists in one array: list n is item[offset[n] .. offset[n + 1]). */
 typedef struct {
     int64_t count;

@@ -104,6 +104,14 @@ static void *extend(cmb_build *build, cmb_vector *vector, size_t size, int64_t c
     return at;
 }
 
+cmb_status cmb_check_length(int64_t L, cmb_error *error) {
+    if (L < 0)
+        return cmb_fail(error, CMB_ERR_VALUE, "length must not be negative, got %lld", (long long)L);
+    if (L > INT64_C(1) << 30)
+        return cmb_fail(error, CMB_ERR_OVERFLOW, "length must be at most 2^30, got %lld", (long long)L);
+    return CMB_OK;
+}
+
 cmb_status cmb_build_begin(cmb_build *build, int64_t L, int64_t R, int64_t N, const cmb_plan_options *options,
                            cmb_error *error) {
     *build = (cmb_build){0};
@@ -235,6 +243,81 @@ cmb_list cmb_build_list(cmb_build *build, const int32_t *row, int64_t count) {
         return (cmb_list){0, 1, 0};
     memcpy(index, row, (size_t)count * sizeof *index);
     return cmb_list_make(start, 0, count);
+}
+
+static bool sees_something(cmb_look look, int64_t a, int64_t n) {
+    const int64_t count = look.row.count;
+    switch (look.sight) {
+    case CMB_BEHIND:
+        return count > a + 1;
+    case CMB_OTHERS:
+        return count > 1 || (count == 1 && a + n > 1);
+    default:
+        return count > 0;
+    }
+}
+
+/* All that queries [a, a + n) see of a list, but for the end of what they see up to themselves. */
+static void look_at(cmb_build *build, cmb_look look, int64_t a, int64_t n) {
+    uint64_t mask[CMB_TILE];
+    const cmb_list row = look.row;
+    switch (look.sight) {
+    case CMB_EVERY:
+        cmb_build_run(build, row);
+        return;
+    case CMB_UP_TO:
+        cmb_build_run(build, cmb_cut(row, 0, a));
+        return;
+    case CMB_BEHIND:
+        for (int64_t t = 1; t < n; t++)
+            mask[t - 1] = cmb_lanes(0, t);
+        cmb_build_masked_run(build, cmb_cut(row, a + 1, a + n), mask);
+        cmb_build_run(build, cmb_cut(row, a + n, row.count));
+        return;
+    case CMB_OTHERS:
+        cmb_build_run(build, cmb_cut(row, 0, a));
+        if (n == 1 && a + 1 < row.count) {
+            /* A query alone in its tile does not see its own row: the next stands in for it, so that those behind it
+             * keep their places. */
+            const int32_t next = (int32_t)(row.start + (a + 1) * row.step);
+            cmb_build_masked_run(build, cmb_build_list(build, (int32_t[]){next, next}, 2), (uint64_t[]){0, 1});
+            n = 2;
+        } else {
+            for (int64_t t = 0; t < n; t++)
+                mask[t] = cmb_lanes(0, n) & ~cmb_lanes(t, t + 1);
+            cmb_build_masked_run(build, cmb_cut(row, a, a + n), mask);
+        }
+        cmb_build_run(build, cmb_cut(row, a + n, row.count));
+    }
+}
+
+void cmb_build_attend(cmb_build *build, cmb_list query, const cmb_look *look, int looks) {
+    enum { MOST = 3 };
+    for (int64_t a = 0; a < query.count && !build->status; a += CMB_TILE) {
+        int64_t n = cmb_least(CMB_TILE, query.count - a), rows = 0;
+        int32_t row[MOST * CMB_TILE];
+        uint64_t mask[MOST * CMB_TILE];
+        cmb_list end = {0, 1, 0};
+        int ends = 0;
+        bool is_empty = true;
+        for (int k = 0; k < looks; k++) {
+            is_empty = is_empty && !sees_something(look[k], a, n);
+            ends += look[k].sight == CMB_UP_TO;
+        }
+        if (is_empty)
+            continue;
+        cmb_build_tile(build, cmb_cut(query, a, a + n), cmb_lanes_for(n));
+        for (int k = 0; k < looks; k++)
+            look_at(build, look[k], a, n);
+        for (int64_t e = a; e < a + n; e++)
+            for (int k = 0; k < looks; k++)
+                if (look[k].sight == CMB_UP_TO && e < look[k].row.count) {
+                    row[rows] = (int32_t)(look[k].row.start + e * look[k].row.step);
+                    mask[rows++] = cmb_lanes(e - a, n);
+                    end = cmb_cut(look[k].row, a, a + n);
+                }
+        cmb_build_masked_run(build, ends > 1 ? cmb_build_list(build, row, rows) : end, mask);
+    }
 }
 
 cmb_status cmb_build_end(cmb_build *build, cmb_plan **plan, cmb_error *error) {

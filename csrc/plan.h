@@ -10,6 +10,8 @@ typedef struct {
     int64_t count, capacity;
 } cmb_vector;
 
+enum { CMB_TILE = 64 }; /* queries of a tile */
+
 /* A plan in the making. The first failure is kept and turns every later call into a no-op, so that a builder
  * reads as the list of what it makes; cmb_build_task says when there is no use in going on. */
 typedef struct {
@@ -19,6 +21,8 @@ typedef struct {
     cmb_status status;
 } cmb_build;
 
+/* 0 <= L <= 2^30 */
+cmb_status cmb_check_length(int64_t L, cmb_error *error);
 /* Checks the sizes and options and starts a build, which cmb_build_end must end; after a failure there is none. */
 cmb_status cmb_build_begin(cmb_build *build, int64_t L, int64_t R, int64_t N, const cmb_plan_options *options,
                            cmb_error *error);
@@ -34,6 +38,25 @@ void cmb_build_run(cmb_build *build, cmb_list row);
 void cmb_build_masked_run(cmb_build *build, cmb_list row, const uint64_t *mask);
 /* These rows as a list: start and step where they have one, else a new stretch of the index array. */
 cmb_list cmb_build_list(cmb_build *build, const int32_t *row, int64_t count);
+
+/* Which elements of a list the q-th query of another sees. */
+typedef enum {
+    CMB_EVERY,
+    CMB_UP_TO,  /* e <= q */
+    CMB_BEHIND, /* e > q */
+    CMB_OTHERS, /* e != q */
+} cmb_sight;
+
+typedef struct {
+    cmb_list row;
+    cmb_sight sight;
+} cmb_look;
+
+/* The queries, a tile for each CMB_TILE of them, attend what they see of the lists, of which those of CMB_OTHERS, or
+ * several of CMB_UP_TO, have a step. What comes after the queries of a list cut short stands at the end, element by
+ * element, so that the others keep their places. */
+void cmb_build_attend(cmb_build *build, cmb_list query, const cmb_look *look, int looks);
+
 /* The finished plan, or NULL and the first failure. Releases whatever the build held. */
 cmb_status cmb_build_end(cmb_build *build, cmb_plan **plan, cmb_error *error);
 
@@ -44,6 +67,16 @@ static inline cmb_list cmb_list_make(int64_t start, int64_t step, int64_t count)
 /* The n-th row of a list. */
 static inline int32_t cmb_list_at(const cmb_plan *plan, cmb_list list, int32_t n) {
     return list.step ? list.start + list.step * n : plan->index[list.start + n];
+}
+
+static inline int64_t cmb_least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Elements [first, end) of a list, as far as it has them. */
+static inline cmb_list cmb_cut(cmb_list list, int64_t first, int64_t end) {
+    end = cmb_least(end, list.count);
+    if (first >= end)
+        return (cmb_list){0, 1, 0};
+    return cmb_list_make(list.start + first * (list.step ? list.step : 1), list.step, end - first);
 }
 
 /* Lanes that hold `count` queries of a lane tile. */

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import combiner
-from combiner import Dense, Fixed, LogSparse, reference
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Routing, Tree, reference
 from combiner.reference import Parts
 
 PATTERNS = {
@@ -27,6 +27,23 @@ PATTERNS = {
     "hierarchical": lambda **options: LogSparse(hierarchical=True, **options),
     "sparse fixed": lambda **options: Fixed(16, **options).sparse(),
     "sparse logsparse": lambda **options: LogSparse(**options).sparse(),
+    "vertical": Axial,
+    "horizontal": lambda **options: Axial(order="horizontal", **options),
+    "rowmajor": lambda **options: Axial(order="rowmajor", **options),
+    "rowmajor weighted": lambda **options: Axial(7, "rowmajor", "weighted", **options),
+    "vertical7": lambda **options: Axial(7, **options),
+    "horizontal5": lambda **options: Axial(5, "horizontal", **options),
+    "mixture": AxialMixture,
+    "mixture6": lambda **options: AxialMixture(6, **options),
+    "sparse axial": lambda **options: Axial(7, **options).sparse(),
+    "tree2": lambda **options: Tree(2, **options),
+    "tree3": lambda **options: Tree(3, **options),
+    "tree5.2": lambda **options: Tree(5, 2, **options),
+    "sparse tree": lambda **options: Tree(7, **options).sparse(),
+}
+OF_LENGTH = {  # patterns that fit one length alone
+    "routing": lambda L, **options: Routing(np.arange(L) * 7919 % 31 % min(5, L), **options),
+    "sparse routing": lambda L, **options: Routing(np.arange(L) * 7919 % 31 % min(5, L), **options).sparse(),
 }
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 53, 64, 97, 130, 211)
 SHAPES = (  # B, Hq, Hk, D, Dv
@@ -82,7 +99,7 @@ class Case:
 def grid() -> list[Case]:
     """Every pattern, length and direction, each with the next shape and the next options in turn."""
     cases = []
-    for n, name in enumerate(PATTERNS):
+    for n, name in enumerate([*PATTERNS, *OF_LENGTH]):
         for m, L in enumerate(LENGTHS):
             for is_causal in (True, False):
                 turn = 5 * n + 3 * m + 7 * is_causal
@@ -93,9 +110,20 @@ def grid() -> list[Case]:
 
 
 STAGED = [case for case in grid() if case.L in (2, 17, 64, 97)]
-GOLDEN = [
-    path for path in sorted((Path(__file__).parent / "golden").glob("*.npz")) if path.stem[:4] in ("logn", "fixe")
-]
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+
+def golden_pattern(variant: str, width: int):
+    """The pattern of a golden file, from its meta data."""
+    return {
+        "logn": LogSparse(),
+        "fixed_causal": Fixed(width),
+        "axial_none_causal": Axial(width, "rowmajor"),
+        "axial_wsum_causal": Axial(width, "rowmajor", "weighted"),
+        "axial_kr_causal": Axial(width, "rowmajor"),
+        "mixture_max_causal": AxialMixture(width),
+        "mixture_sum_causal": AxialMixture(width, pooling="sum"),
+    }[variant]
 
 
 @dataclass(frozen=True)
@@ -149,7 +177,9 @@ def draw(rng: np.random.Generator, pattern, case: Case, **flags) -> Problem:
 @functools.cache
 def problem(case: Case) -> Problem:
     """The arrays of a case, from a seed that is its name's."""
-    pattern = PATTERNS[case.pattern](pooling=case.pooling, size_bias=case.size_bias)
+    options = {"pooling": case.pooling, "size_bias": case.size_bias}
+    name = case.pattern
+    pattern = OF_LENGTH[name](case.L, **options) if name in OF_LENGTH else PATTERNS[name](**options)
     return draw(np.random.default_rng(zlib.crc32(str(case).encode())), pattern, case)
 
 
@@ -194,6 +224,7 @@ class Judge:
         self.out, self.saved = reference.attention_forward(*problem.inputs, problem.pattern, **problem.options)
         self.lse, heads = self.saved["lse"], self.saved["heads"]
         self.S = heads.write(heads.Hq, (heads.L,), _largest_logits)
+        self.S_terms = heads.write(heads.Hq, (heads.L,), lambda head: _largest_logits(head, np.abs))
         depth = [0] * heads.L
         for members in heads.parts.members:
             depth.append(1 + max((depth[t] for t in members), default=0))
@@ -224,7 +255,7 @@ class Judge:
             within = self.stages * (8 + 8 * self.S[..., None]) * 2.0**-24 * self.spread + 2.0**-126
             dense = max(2, self.stages) * self.dense_error[0] + 2.0**-22 * _largest(self.problem.inputs[2])
             within = np.minimum(within, dense)
-            within_lse = (8 + 8 * self.S) * 2.0**-24
+            within_lse = (8 + 8 * self.S_terms) * 2.0**-24
         close(out, self.out, within, "out")
         if lse is not None:
             close(lse, self.lse, within_lse, "lse")
@@ -279,13 +310,15 @@ def _largest(x: np.ndarray | None, floor: float = 0.0) -> float:
     return floor if x is None else float(np.abs(x).max(initial=floor))
 
 
-def _largest_logits(head) -> np.ndarray:
-    """Of each query: the largest |logit| of its softmax and of those of the regions in it."""
+def _largest_logits(head, of=np.asarray) -> np.ndarray:
+    """Of each query: the largest |logit| of its softmax and of those of the regions in it; of=np.abs: of the sums of
+    their terms' sizes, which is what rounding goes by where the terms cancel."""
     S = np.zeros(head.L + head.R)
     for x in [*head.summarised, *range(head.L)]:
         if rows := head.rows[x]:
             S[x] = max(
-                np.abs(head.scale * head.K[rows] @ head.Q[x]).max(), S[[t for t in rows if t >= head.L]].max(initial=0)
+                np.abs(head.scale * of(head.K[rows]) @ of(head.Q[x])).max(),
+                S[[t for t in rows if t >= head.L]].max(initial=0),
             )
     return S[: head.L]
 

@@ -9,9 +9,27 @@ import pytest
 from cases import each_isa
 
 import combiner
-from combiner import Dense, Fixed, LogSparse
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Tree
 
-PATTERNS = [Dense(), Fixed(8), Fixed(70), LogSparse(), LogSparse(hierarchical=True), Fixed(16).sparse()]
+PATTERNS = [
+    Dense(),
+    Fixed(8),
+    Fixed(70),
+    LogSparse(),
+    LogSparse(hierarchical=True),
+    Fixed(16).sparse(),
+    Axial(8),
+    Axial(70, "horizontal"),
+    Axial(9, "horizontal"),
+    Axial(12, "rowmajor"),
+    Axial(12, "rowmajor", "weighted"),
+    AxialMixture(11),
+    AxialMixture(100),
+    Tree(2),
+    Tree(3, 2),
+    Tree(7).sparse(),
+    Axial(8).sparse(),
+]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 both_directions = pytest.mark.parametrize("is_causal", (True, False))
 both_dtypes = pytest.mark.parametrize("dtype", (np.float32, np.float64))

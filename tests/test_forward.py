@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from cases import GOLDEN, STAGED, Judge, close, each_isa, grid, problem
+from cases import GOLDEN, STAGED, Judge, close, each_isa, golden_pattern, grid, problem
 
 import combiner
 from combiner import Dense, Fixed, LogSparse, reference
@@ -65,13 +65,18 @@ def test_golden(path):
     with np.load(path) as file:
         golden = {name: x.swapaxes(1, 2) for name, x in file.items() if name != "meta"}
         meta = json.loads(str(file["meta"]))
-    pattern = LogSparse() if meta["variant"] == "logn" else Fixed(meta["seg"])
+    pattern = golden_pattern(meta["variant"], meta["seg"])
     q, k, v, ct = (golden[name].astype(np.float64) for name in ("q", "k", "v", "ct"))
+    options = {"is_causal": True, "scale": meta["scale"]}
+    if "kr" in golden:
+        options["region_key"] = golden["kr"].astype(np.float64)
     for _ in each_isa():
-        out, saved = combiner.attention_forward(q, k, v, pattern, is_causal=True, scale=meta["scale"])
+        out, saved = combiner.attention_forward(q, k, v, pattern, **options)
         gradients = combiner.attention_backward(ct, saved)
         for name, actual in zip(("out", "dq", "dk", "dv"), (out, *gradients[:3]), strict=True):
             close(actual, golden[name], 1e-10, name)
+        if "kr" in golden:
+            close(gradients.region_key, golden["dkr"], 1e-10, "dkr")
 
 
 @pytest.mark.parametrize("leading", [None, (), (2,), (2, 1, 3)], ids=str)

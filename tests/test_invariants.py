@@ -6,17 +6,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import combiner
-from combiner import Dense, Fixed, LogSparse, reference
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Tree, reference
 
 spans = st.one_of(st.none(), st.integers(1, 80))
 poolings = st.sampled_from(["max", "mean", "sum"])
 flags = st.fixed_dictionaries({"pooling": poolings, "size_bias": st.booleans()})
+orders = st.sampled_from([("vertical",), ("horizontal",), ("rowmajor",), ("rowmajor", "weighted")])
 partitions = st.one_of(
     st.builds(lambda flags: Dense(**flags), flags),
     st.builds(lambda span, flags: Fixed(span, **flags), spans, flags),
     st.builds(lambda tree, flags: LogSparse(hierarchical=tree, **flags), st.booleans(), flags),
+    st.builds(lambda width, order, flags: Axial(width, *order, **flags), spans, orders, flags),
+    st.builds(
+        lambda b, levels, flags: Tree(b, levels, **flags), st.integers(2, 70), st.sampled_from([None, 1, 2]), flags
+    ),
 )
-patterns = st.one_of(partitions, partitions.map(lambda pattern: pattern.sparse()))
+mixtures = st.builds(lambda width, flags: AxialMixture(width, **flags), spans, flags)
+patterns = st.one_of(partitions, mixtures, partitions.map(lambda pattern: pattern.sparse()))
 lengths = st.one_of(st.integers(1, 20), st.integers(21, 150))
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from([np.float32, np.float64])

@@ -8,9 +8,21 @@ import pytest
 from cases import PATTERNS, below, random_parts
 
 import combiner
-from combiner import Dense, Fixed, LogSparse, Plan, reference
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Plan, Routing, Tree, reference
 
-EVERY = [*PATTERNS.values(), lambda **options: Fixed(1, **options), lambda **options: Fixed(64, **options)]
+EVERY = [
+    *PATTERNS.values(),
+    lambda **options: Fixed(1, **options),
+    lambda **options: Fixed(64, **options),
+    *(
+        lambda width=width, order=order, **options: Axial(width, order, **options)
+        for width in (1, 2, 64, 65, 100)
+        for order in ("vertical", "horizontal", "rowmajor")
+    ),
+    *(lambda width=width, **options: AxialMixture(width, **options) for width in (1, 2, 64, 100)),
+    *(lambda b=b, **options: Tree(b, **options) for b in (4, 16, 17, 64, 65)),
+    *(lambda b=b, **options: Tree(b, 1, **options) for b in (2, 100)),
+]
 
 
 def decode(plan):
@@ -66,6 +78,54 @@ def check(plan, parts, L: int, is_causal: bool) -> None:
 def test_plans_say_what_the_spec_says(make, is_causal):
     for L in [*range(71), 127, 128, 129, 200]:
         check(make().plan(L, is_causal), reference.parts(make(), L, is_causal), L, is_causal)
+
+
+@pytest.mark.parametrize("is_causal", (True, False))
+@pytest.mark.parametrize("C", (1, 2, 9, 200))
+def test_routing_says_what_the_spec_says(C, is_causal):
+    rng = np.random.default_rng(C)
+    for L in [*range(1, 71), 127, 128, 129, 200]:
+        clusters = rng.integers(0, min(C, L), L)
+        for pattern in (Routing(clusters), Routing(np.sort(clusters)), Routing(clusters).sparse()):
+            check(pattern.plan(L, is_causal), reference.parts(pattern, L, is_causal), L, is_causal)
+    empty = Routing(np.zeros(0, int))
+    check(empty.plan(0, is_causal), reference.parts(empty, 0, is_causal), 0, is_causal)
+
+
+def test_routing_has_a_plan_for_each_batch_entry_and_key_head():
+    rng = np.random.default_rng(0)
+    clusters = rng.integers(0, 5, (2, 3, 30))
+    q, k, v = rng.standard_normal((3, 2, 3, 30, 4))
+    plans = Routing(clusters).plan(30, True)
+    assert len(plans) == 6
+    out = combiner.attention(q, k, v, Routing(clusters), is_causal=True)
+    for b in range(2):
+        for h in range(3):
+            alone = combiner.attention(q[b, h], k[b, h], v[b, h], Routing(clusters[b, h]), is_causal=True)
+            assert out[b, h].tobytes() == alone.tobytes()
+
+
+@pytest.mark.parametrize(
+    "make, error, says",
+    [
+        (lambda: Routing([0, 3, 1]), ValueError, "clusters must lie between 0 and 2, got 3"),
+        (lambda: Routing([0, -1, 1]), ValueError, "clusters must lie between 0 and 2, got -1"),
+        (lambda: Routing([0.0, 1.0]), TypeError, "clusters must hold integers"),
+        (lambda: Routing(1), ValueError, "clusters must have shape"),
+        (lambda: Routing([0, 0]).plan(3), ValueError, "clusters are of 2 positions, got length 3"),
+        (lambda: Axial(0), ValueError, "width must be at least 1"),
+        (lambda: AxialMixture(0), ValueError, "width must be at least 1"),
+        (lambda: Axial(4, "diagonal"), ValueError, "order must be one of"),
+        (lambda: Axial(4, 1), TypeError, "order must be a str"),
+        (lambda: Axial(4, "rowmajor", "mean"), ValueError, "row_key must be one of"),
+        (lambda: Axial(4, row_key="weighted"), ValueError, "row_key may be 'weighted' only"),
+        (lambda: Tree(1), ValueError, "branching must be at least 2"),
+        (lambda: Tree(2, 0), ValueError, "levels must be at least 1"),
+    ],
+)
+def test_bad_patterns(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
 
 
 @pytest.mark.slow

@@ -6,10 +6,25 @@ import pytest
 from cases import each_isa
 
 import combiner
-from combiner import Dense, Fixed, LogSparse, reference
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Routing, Tree, reference
 
 L = 39
-PATTERNS = [Dense(), Fixed(6), Fixed(6, pooling="mean"), LogSparse(), LogSparse(hierarchical=True), Fixed(6).sparse()]
+PATTERNS = [
+    Dense(),
+    Fixed(6),
+    Fixed(6, pooling="mean"),
+    LogSparse(),
+    LogSparse(hierarchical=True),
+    Fixed(6).sparse(),
+    Axial(6),
+    Axial(6, "horizontal"),
+    Axial(6, "rowmajor"),
+    Axial(6, "rowmajor", "weighted"),
+    AxialMixture(6),
+    Tree(3),
+    Routing(np.arange(L) * 7 % 5),
+    Axial(6).sparse(),
+]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 both_directions = pytest.mark.parametrize("is_causal", (True, False))
 
@@ -109,7 +124,8 @@ def test_nothing_to_attend_to(pattern, is_causal):
         if is_causal:
             assert not out[1, :, :20].any() and np.isneginf(saved["lse"][1, :, :20]).all()
             assert not any(x[1, :, :20].any() for x in gradients[:3])
-        assert (out[1, :, 20:] == 1).all() or not pattern.plan(L, is_causal).is_full
+        if pattern.plan(L, is_causal).is_full:  # a query that resumes its softmax rounds its log
+            np.testing.assert_allclose(out[1, :, 20:], 1, rtol=0, atol=8 * np.finfo(dtype).eps)
 
 
 @both_directions

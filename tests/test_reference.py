@@ -2,46 +2,13 @@
 """The judge itself: against the authors' code (golden files), finite differences, and the spec's laws."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import Case, draw, random_parts
+from cases import GOLDEN, Case, draw, golden_pattern, random_parts
 
-from combiner import Dense, Fixed, LogSparse, reference
+from combiner import Axial, Dense, Fixed, LogSparse, Tree, reference
 from combiner.reference import Parts
-
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
-
-
-def golden_pattern(variant: str, seg: int, L: int):
-    """The pattern of a golden file; those the library has no class for are spelled out from the spec's table."""
-    if variant == "logn":
-        return LogSparse()
-    if variant == "fixed_causal":
-        return Fixed(seg)
-    row, col, rows = (lambda i: i // seg), (lambda i: i % seg), range(-(-L // seg))
-    if variant.startswith("axial"):  # rowmajor: region t is the row of t, picked at t
-        return Parts(
-            direct=[[j for j in range(i + 1) if row(j) == row(i)] for i in range(L)],
-            regions=[[t for t in range(L) if col(t) == col(i) and row(t) < row(i)] for i in range(L)],
-            members=[[j for j in range(L) if row(j) == row(t)] for t in range(L)],
-            pick=[[t] for t in range(L)],
-            weighted=variant == "axial_wsum_causal",
-        )
-    above = [[j for j in range(t + 1) if col(j) == col(t)] for t in range(L)]
-    left = [[r * seg + c for c in range(cut)] for r in rows for cut in range(seg)]
-    right = [[r * seg + c for c in range(cut + 1, seg)] for r in rows for cut in range(seg)]
-    return Parts(
-        direct=[[j for j in range(i + 1) if row(j) == row(i) or col(j) == col(i)] for i in range(L)],
-        regions=[
-            [t for t in range(L) if row(t) == row(i) - 1 and col(t) != col(i)]
-            + [L + half * len(left) + r * seg + col(i) for half in (0, 1) for r in range(row(i))]
-            for i in range(L)
-        ],
-        members=above + left + right,
-        pooling="sum" if variant == "mixture_sum_causal" else "max",
-    )
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
@@ -50,7 +17,7 @@ def test_golden(path):
         golden = {name: x.swapaxes(1, 2) for name, x in file.items() if name != "meta"}
         meta = json.loads(str(file["meta"]))
     q, k, v = (golden[name] for name in "qkv")
-    pattern = golden_pattern(meta["variant"], meta["seg"], q.shape[2])
+    pattern = golden_pattern(meta["variant"], meta["seg"])
     out, saved = reference.attention_forward(
         q, k, v, pattern, is_causal=meta["causal"], scale=meta["scale"], region_key=golden.get("kr")
     )
@@ -215,7 +182,22 @@ def test_fully_masked_query(rng):
     assert all(np.isfinite(x).all() for x in gradients[:3])
 
 
-PARTITIONS = [Dense(), Fixed(), Fixed(1), Fixed(3), Fixed(100), LogSparse(), LogSparse(hierarchical=True)]
+PARTITIONS = [
+    Dense(),
+    Fixed(),
+    Fixed(1),
+    Fixed(3),
+    Fixed(100),
+    LogSparse(),
+    LogSparse(hierarchical=True),
+    Tree(2),
+    Tree(3, 2),
+    Axial(),
+    Axial(5),
+    Axial(1, "horizontal"),
+    Axial(7, "horizontal"),
+    Axial(4, "rowmajor"),
+]
 
 
 @pytest.mark.parametrize("is_causal", (True, False))
@@ -225,7 +207,6 @@ def test_parts_cover_the_support_once(pattern, is_causal):
         parts = reference.parts(pattern, L, is_causal)
         below = [[j] for j in range(L)]
         for rows in parts.members:
-            assert rows
             below.append([j for m in rows for j in below[m]])
         for i in range(L):
             covered = parts.direct[i] + [j for r in parts.regions[i] for j in below[L + r]]
