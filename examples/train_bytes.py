@@ -372,7 +372,7 @@ def draw(p: Arrays, pattern: combiner.Fixed, span: int, tokens: np.ndarray, path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="training steps of each twin (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="training steps of each twin (default %(default)s)")
     parser.add_argument("--length", type=int, default=2048, help="positions of one window (default %(default)s)")
     parser.add_argument("--span", type=int, default=64, help="span of the Fixed pattern (default %(default)s)")
     parser.add_argument("--dim", type=int, default=128, help="width of the model (default %(default)s)")
