@@ -18,7 +18,7 @@ from .functional import (
     summarize_backward,
     summarize_forward,
 )
-from .patterns import Axial, AxialMixture, Dense, Fixed, LogSparse, Routing, Tree
+from .patterns import Axial, AxialMixture, Dense, Fixed, LogSparse, Mixture, Routing, Tree
 from .plan import Plan
 from .process import get_num_threads, info, num_threads, set_isa, set_num_threads
 
@@ -32,6 +32,7 @@ __all__ = [
     "Fixed",
     "Gradients",
     "LogSparse",
+    "Mixture",
     "Plan",
     "Routing",
     "Summary",

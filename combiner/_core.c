@@ -842,16 +842,16 @@ static bool read_flag(PyObject *object, const char *name, bool *flag) {
     return truth >= 0;
 }
 
-/* One plan given or made for this call. */
-static bool read_plan(const call *c, PyObject *object, bool is_causal, const cmb_plan **plan) {
+/* One plan given or made for this call, of a sequence of length L. */
+static bool read_plan(const call *c, PyObject *object, int64_t L, bool is_causal, const cmb_plan **plan) {
     if (!PyObject_TypeCheck(object, (PyTypeObject *)c->state->plan_type)) {
         raise_type("each plan of pattern", "a combiner.Plan", object);
         return false;
     }
     *plan = plan_of(object);
-    if ((*plan)->L != c->problem.L) {
-        PyErr_Format(PyExc_ValueError, "pattern must be a plan for the length of query, %lld, got one for %lld",
-                     (long long)c->problem.L, (long long)(*plan)->L);
+    if ((*plan)->L != L) {
+        PyErr_Format(PyExc_ValueError, "pattern must be a plan for the length of %s, %lld, got one for %lld",
+                     c->problem.segment ? "its segment" : "query", (long long)L, (long long)(*plan)->L);
         return false;
     }
     if (is_causal && !(*plan)->is_causal) {
@@ -861,8 +861,53 @@ static bool read_plan(const call *c, PyObject *object, bool is_causal, const cmb
     return true;
 }
 
-/* A Plan, a tuple of one for each batch entry and key head, or what makes one of these: any object with
- * plan(length, is_causal). */
+static bool read_cu_seqlens(call *c, PyObject *object) {
+    cmb_problem *p = &c->problem;
+    if (object == Py_None)
+        return true;
+    PyArrayObject *array = hold(c, read_integers(object, "cu_seqlens", NPY_INT64, 0), NULL);
+    if (!array)
+        return false;
+    const int64_t *position = data_of((PyObject *)array);
+    p->segment = position;
+    p->segments = PyArray_SIZE(array) - 1;
+    for (npy_intp s = 0; s <= p->segments; s++)
+        if (s == 0 ? position[0] != 0 : position[s] < position[s - 1]) {
+            PyErr_Format(PyExc_ValueError, "cu_seqlens must start at 0 and not decrease, got %lld at %zd",
+                         (long long)position[s], s);
+            return false;
+        }
+    if (p->segments < 0 || position[p->segments] != p->L) {
+        PyErr_Format(PyExc_ValueError, "cu_seqlens must end at the length of query, %lld, got %S", (long long)p->L,
+                     object);
+        return false;
+    }
+    return true;
+}
+
+/* None, or (dropout_p, seed, the rows before each segment's or None). */
+static bool read_dropout(call *c, PyObject *object) {
+    cmb_problem *p = &c->problem;
+    PyObject *rows;
+    unsigned long long seed;
+    if (object == Py_None)
+        return true;
+    if (!PyArg_ParseTuple(object, "dKO:dropout", &p->dropout_p, &seed, &rows))
+        return false;
+    p->seed = seed;
+    if (rows == Py_None)
+        return true;
+    PyArrayObject *array = hold(c, read_integers(rows, "dropout", NPY_INT64, 0), NULL);
+    if (array && PyArray_SIZE(array) < (p->segment ? p->segments : 1)) {
+        PyErr_SetString(PyExc_ValueError, "dropout must have an offset for each segment");
+        return false;
+    }
+    p->dropout_row = array ? data_of((PyObject *)array) : NULL;
+    return array != NULL;
+}
+
+/* A Plan, a tuple of one for each segment, batch entry and key head or for each segment, or what makes one of these:
+ * any object with plan(length, is_causal). */
 static bool read_pattern(call *c, PyObject *pattern, PyObject *causal) {
     cmb_problem *p = &c->problem;
     bool is_causal;
@@ -889,17 +934,18 @@ static bool read_pattern(call *c, PyObject *pattern, PyObject *causal) {
     if (!PyTuple_Check(c->plan)) {
         p->plan = &c->one_plan;
         p->plans = 1;
-        if (!read_plan(c, c->plan, is_causal, &c->one_plan))
+        if (!read_plan(c, c->plan, p->L, is_causal, &c->one_plan))
             return false;
         c->R = c->one_plan->R;
         return true;
     }
     Py_ssize_t count = PyTuple_Size(c->plan);
-    int64_t expected;
-    if (__builtin_mul_overflow(p->B, p->Hk, &expected) || count != expected) {
+    int64_t segments = p->segment ? p->segments : 1, heads, expected;
+    bool fits = !__builtin_mul_overflow(p->B, p->Hk, &heads) && !__builtin_mul_overflow(segments, heads, &expected);
+    if (!fits || (count != expected && !(p->segment && count == segments))) {
         PyErr_Format(PyExc_ValueError,
-                     "pattern must be a tuple of one plan for each of %lld batch entries and %lld key heads, got %zd",
-                     (long long)p->B, (long long)p->Hk, count);
+                     "pattern must be a tuple of one plan for each of %lld batch entries and %lld key heads%s, got %zd",
+                     (long long)p->B, (long long)p->Hk, p->segment ? " of each segment" : "", count);
         return false;
     }
     c->plans = PyMem_Calloc((size_t)count + 1, sizeof *c->plans);
@@ -909,10 +955,15 @@ static bool read_pattern(call *c, PyObject *pattern, PyObject *causal) {
     }
     p->plan = c->plans;
     p->plans = count;
-    for (Py_ssize_t n = 0; n < count; n++) {
-        if (!read_plan(c, PyTuple_GetItem(c->plan, n), is_causal, &c->plans[n]))
-            return false;
-        c->R = c->plans[n]->R > c->R ? c->plans[n]->R : c->R;
+    for (Py_ssize_t n = 0, each = segments ? count / segments : 0; n < count;) {
+        const int64_t s = n / each, L = p->segment ? p->segment[s + 1] - p->segment[s] : p->L;
+        int64_t R = 0; /* the largest of the segment's plans */
+        for (Py_ssize_t end = n + each; n < end; n++) {
+            if (!read_plan(c, PyTuple_GetItem(c->plan, n), L, is_causal, &c->plans[n]))
+                return false;
+            R = c->plans[n]->R > R ? c->plans[n]->R : R;
+        }
+        c->R += R;
     }
     return true;
 }
@@ -984,13 +1035,19 @@ static bool read_out(call *c, PyObject *object, npy_intp heads, npy_intp rows, n
 }
 
 /* All that forward and backward have in common. */
-static bool read_problem(call *c, int stages, PyObject *const input[9]) {
+enum {
+    INPUTS = 11
+}; /* query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens, region_query, region_key,
+    * dropout */
+
+static bool read_problem(call *c, int stages, PyObject *const input[INPUTS]) {
     cmb_problem *p = &c->problem;
     p->stages = (cmb_stages)stages;
-    return read_query(c, input[0]) && read_key_and_value(c, input[1], input[2]) &&
+    return read_query(c, input[0]) && read_key_and_value(c, input[1], input[2]) && read_cu_seqlens(c, input[7]) &&
            read_pattern(c, input[3], input[4]) && read_scale(c, input[5]) && read_key_mask(c, input[6]) &&
-           read_optional(c, input[7], "region_query", p->Hq, c->R, p->D, &p->region_query) &&
-           read_optional(c, input[8], "region_key", EITHER_HEADS, c->R, p->D, &p->region_key);
+           read_dropout(c, input[10]) &&
+           read_optional(c, input[8], "region_query", p->Hq, c->R, p->D, &p->region_query) &&
+           read_optional(c, input[9], "region_key", EITHER_HEADS, c->R, p->D, &p->region_key);
 }
 
 /* ---- the calls ---------------------------------------------------------------------------------- */
@@ -1018,16 +1075,17 @@ static bool run(const call *c, const cmb_gradients *gradients) {
 static PyObject *or_none(PyObject *object) { return object ? object : Py_None; }
 
 PyDoc_STRVAR(forward_doc,
-             "forward($module, stages, query, key, value, pattern, is_causal, scale, key_mask, region_query,\n"
-             "        region_key, region_value, out, for_backward, /)\n--\n\n"
+             "forward($module, stages, query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens,\n"
+             "        region_query, region_key, dropout, region_value, out, for_backward, /)\n--\n\n"
              "Run stage 1 (stages = 1), 2 or both (3), in these last keeping what backward needs of 1 if asked.\n"
              "Return (out, lse, summary_key, summary_value, summary_lse, plan, scale), None for what is absent.");
 
 static PyObject *forward(PyObject *module, PyObject *args) {
     int stages, for_backward;
-    PyObject *input[9], *region_value, *given_out, *result = NULL;
-    if (!PyArg_ParseTuple(args, "iOOOOOOOOOOOp:forward", &stages, &input[0], &input[1], &input[2], &input[3], &input[4],
-                          &input[5], &input[6], &input[7], &input[8], &region_value, &given_out, &for_backward))
+    PyObject *input[INPUTS], *region_value, *given_out, *result = NULL;
+    if (!PyArg_ParseTuple(args, "iOOOOOOOOOOOOOp:forward", &stages, &input[0], &input[1], &input[2], &input[3],
+                          &input[4], &input[5], &input[6], &input[7], &input[8], &input[9], &input[10], &region_value,
+                          &given_out, &for_backward))
         return NULL;
     call c = {.state = state_of(module), .type = NPY_NOTYPE};
     cmb_problem *p = &c.problem;
@@ -1037,8 +1095,8 @@ static PyObject *forward(PyObject *module, PyObject *args) {
     if (!read_problem(&c, stages, input))
         goto end;
     if (stages == CMB_ATTEND) { /* k_R is given whole: what `attend` calls region_key is the summary's key */
-        if (input[8] == Py_None) {
-            raise_type("region_key", real_array, input[8]);
+        if (input[9] == Py_None) {
+            raise_type("region_key", real_array, input[9]);
             goto end;
         }
         p->summary_key = p->region_key;
@@ -1075,18 +1133,18 @@ end:
 }
 
 PyDoc_STRVAR(backward_doc,
-             "backward($module, stages, query, key, value, plan, scale, key_mask, region_query, region_key,\n"
-             "         summary_key, summary_value, summary_lse, out, lse, grad_out, grad_lse,\n"
-             "         grad_summary_key, grad_summary_value, /)\n--\n\n"
+             "backward($module, stages, query, key, value, plan, scale, key_mask, cu_seqlens, region_query,\n"
+             "         region_key, dropout, summary_key, summary_value, summary_lse, out, lse, grad_out,\n"
+             "         grad_lse, grad_summary_key, grad_summary_value, /)\n--\n\n"
              "Return the gradients (query, key, value, region_query, region_key, summary_key, summary_value),\n"
              "None for what was not given or, of the last two, for stages other than 2.");
 
 static PyObject *backward(PyObject *module, PyObject *args) {
     int stages;
-    PyObject *input[9], *summary[3], *out, *lse, *grad[4], *result = NULL;
-    if (!PyArg_ParseTuple(args, "iOOOOOOOOOOOOOOOOO:backward", &stages, &input[0], &input[1], &input[2], &input[3],
-                          &input[5], &input[6], &input[7], &input[8], &summary[0], &summary[1], &summary[2], &out, &lse,
-                          &grad[0], &grad[1], &grad[2], &grad[3]))
+    PyObject *input[INPUTS], *summary[3], *out, *lse, *grad[4], *result = NULL;
+    if (!PyArg_ParseTuple(args, "iOOOOOOOOOOOOOOOOOOO:backward", &stages, &input[0], &input[1], &input[2], &input[3],
+                          &input[5], &input[6], &input[7], &input[8], &input[9], &input[10], &summary[0], &summary[1],
+                          &summary[2], &out, &lse, &grad[0], &grad[1], &grad[2], &grad[3]))
         return NULL;
     input[4] = Py_False; /* a plan carries its own causality */
     call c = {.state = state_of(module), .type = NPY_NOTYPE};

@@ -17,19 +17,33 @@ key, Dv of value, R regions of the plan. What every function here has in common:
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
 import numpy as np
+import numpy.typing as npt
 
-from . import _core
-from .patterns import AnyPattern
+from . import calls
+from .calls import ATTEND, BOTH, SUMMARIZE, Inputs, Saved
+from .patterns import AnyPattern, Mixture
 from .plan import Array
 
-Saved: TypeAlias = dict[str, Any]
 
-_SUMMARIZE, _ATTEND, _BOTH = 1, 2, 3  # stages
-_PROBLEM = ("query", "key", "value", "plan", "scale", "key_mask", "region_query", "region_key")
-_RESULT = ("summary_key", "summary_value", "summary_lse", "out", "lse")
+class AttendOptions(TypedDict, total=False):
+    """What `attend` takes by name, with the defaults that it says."""
+
+    is_causal: bool
+    scale: float | None
+    key_mask: Array | None
+    cu_seqlens: npt.ArrayLike | None
+    dropout_p: float
+    seed: int | None
+
+
+class AttentionOptions(AttendOptions, total=False):
+    """What `attention` takes by name, with the defaults that it says."""
+
+    region_query: Array | None
+    region_key: Array | None
 
 
 class Gradients(NamedTuple):
@@ -72,13 +86,9 @@ def attention(
     value: Array,
     pattern: AnyPattern,
     *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    key_mask: Array | None = None,
-    region_query: Array | None = None,
-    region_key: Array | None = None,
     return_lse: Literal[False] = False,
     out: Array | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> Array: ...
 @overload
 def attention(
@@ -87,13 +97,9 @@ def attention(
     value: Array,
     pattern: AnyPattern,
     *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    key_mask: Array | None = None,
-    region_query: Array | None = None,
-    region_key: Array | None = None,
     return_lse: Literal[True],
     out: Array | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array]: ...
 def attention(
     query: Array,
@@ -104,8 +110,11 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     key_mask: Array | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
     region_query: Array | None = None,
     region_key: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Array | tuple[Array, Array]:
@@ -123,8 +132,15 @@ def attention(
     scale : factor of the logits, finite; 1 / sqrt(D) by default.
     key_mask : bool, key's leading axes without the heads, then L; True for positions that take part. Masked keys,
         values and pooled queries are never read; a masked position's own query still attends.
+    cu_seqlens : integers `[N + 1]` from 0 to L, not decreasing: positions cu_seqlens[n] to cu_seqlens[n + 1] are a
+        sequence of their own, as if computed alone, in every batch entry; R sums over the sequences. None for one.
+        A default span or width goes by each sequence's length; a Plan, which is of one length, is an error.
     region_query : `[..., Hq, R, D]` in place of the pooled q_R, in the plan's region order.
     region_key : `[..., Hk, R, D]` or `[..., Hq, R, D]` in place of the pooled k_R.
+    dropout_p : the share of weights, of keys and of regions as wholes, that become 0; the others are divided by
+        ``1 - dropout_p``. lse does not know of it.
+    seed : of 64 bits: which weights fall, by Philox4x32-10 of position, key or region, head and batch entry, so that
+        they are the same in backward and for any threads. None draws one from the operating system.
     return_lse : whether to return lse too.
     out : array to write the result to: writeable, of its shape and dtype, overlapping no input.
 
@@ -137,22 +153,14 @@ def attention(
     -----
     Time O(Hq (pairs + pairs of stage 1) (D + Dv)), see ``Plan.pairs``; memory beyond the arrays O(Hq L (D + Dv)).
     """
-    done = _core.forward(
-        _BOTH,
-        query,
-        key,
-        value,
-        pattern,
-        is_causal,
-        scale,
-        key_mask,
-        region_query,
-        region_key,
-        None,
-        out,
-        False,
-    )
-    return done[:2] if return_lse else done[0]
+    given = query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens, region_query, region_key
+    inputs = Inputs(*given, calls.dropout(dropout_p, seed))
+    if not isinstance(pattern, Mixture):
+        done, _ = calls.forward(BOTH, inputs, out=out)
+        return done[:2] if return_lse else done[0]
+    if return_lse:
+        raise ValueError("return_lse must be False with a Mixture, whose components have a normaliser each")
+    return calls.mean_forward(inputs, out=out)[0]
 
 
 def attention_forward(
@@ -164,8 +172,11 @@ def attention_forward(
     is_causal: bool = False,
     scale: float | None = None,
     key_mask: Array | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
     region_query: Array | None = None,
     region_key: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """`attention`, and what `attention_backward` needs.
@@ -175,11 +186,14 @@ def attention_forward(
     out : `[..., Hq, L, Dv]`
     saved : dict with the inputs as given (not copied: leave them as they are until the backward), "plan", "scale",
         "out", "lse" `[..., Hq, L]`, "summary_value" `[..., Hq, R, Dv]`, "summary_lse" `[..., Hq, R]` and, for plans
-        with weighted keys, "summary_key" `[..., Hq, R, D]`.
+        with weighted keys, "summary_key" `[..., Hq, R, D]`. With a `Mixture`: "components", one such dict each.
     """
-    inputs = (query, key, value, pattern, is_causal, scale, key_mask, region_query, region_key)
-    done = _core.forward(_BOTH, *inputs, None, out, True)
-    return done[0], _save("attention_forward", inputs, done)
+    given = query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens, region_query, region_key
+    inputs = Inputs(*given, calls.dropout(dropout_p, seed))
+    if isinstance(pattern, Mixture):
+        return calls.mean_forward(inputs, out=out, function="attention_forward")
+    done, saved = calls.forward(BOTH, inputs, out=out, function="attention_forward")
+    return done[0], saved
 
 
 def attention_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = None) -> Gradients:
@@ -198,8 +212,12 @@ def attention_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None 
     -----
     About 2.5 times the time of the forward pass; memory beyond the arrays O(Hq L (D + Dv)).
     """
-    done = _backward(_BOTH, "attention_forward", saved, grad_out, grad_lse, None, None)
-    return Gradients(*done[:5])
+    function = "attention_forward"
+    if not isinstance(saved, dict) or "components" not in saved:
+        return Gradients(*calls.backward(BOTH, function, saved, grad_out, grad_lse, None, None)[:5])
+    if grad_lse is not None:
+        raise ValueError("grad_lse must be None with a Mixture, whose components have a normaliser each")
+    return Gradients(*calls.mean_backward(function, saved, grad_out))  # type: ignore[arg-type]
 
 
 def summarize(
@@ -211,6 +229,7 @@ def summarize(
     is_causal: bool = False,
     scale: float | None = None,
     key_mask: Array | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
     region_query: Array | None = None,
     region_key: Array | None = None,
 ) -> Summary:
@@ -227,6 +246,7 @@ def summarize(
         is_causal=is_causal,
         scale=scale,
         key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
         region_query=region_query,
         region_key=region_key,
     )[0]
@@ -241,13 +261,14 @@ def summarize_forward(
     is_causal: bool = False,
     scale: float | None = None,
     key_mask: Array | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
     region_query: Array | None = None,
     region_key: Array | None = None,
 ) -> tuple[Summary, Saved]:
     """`summarize`, and what `summarize_backward` needs: a dict as `attention_forward` returns it."""
-    inputs = (query, key, value, pattern, is_causal, scale, key_mask, region_query, region_key)
-    done = _core.forward(_SUMMARIZE, *inputs, None, None, True)
-    return Summary(*done[2:5]), _save("summarize_forward", inputs, done)
+    inputs = Inputs(query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens, region_query, region_key)
+    done, saved = calls.forward(SUMMARIZE, inputs, function="summarize_forward")
+    return Summary(*done[2:5]), saved
 
 
 def summarize_backward(grad_summary_key: Array | None, grad_summary_value: Array | None, saved: Saved) -> Gradients:
@@ -258,8 +279,8 @@ def summarize_backward(grad_summary_key: Array | None, grad_summary_value: Array
     grad_summary_key, grad_summary_value : shaped as the summary's key and value; None for zero.
     saved : what `summarize_forward` returned.
     """
-    done = _backward(_SUMMARIZE, "summarize_forward", saved, None, None, grad_summary_key, grad_summary_value)
-    return Gradients(*done[:5])
+    gradients = None, None, grad_summary_key, grad_summary_value
+    return Gradients(*calls.backward(SUMMARIZE, "summarize_forward", saved, *gradients)[:5])
 
 
 @overload
@@ -271,11 +292,9 @@ def attend(
     region_value: Array,
     pattern: AnyPattern,
     *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    key_mask: Array | None = None,
     return_lse: Literal[False] = False,
     out: Array | None = None,
+    **options: Unpack[AttendOptions],
 ) -> Array: ...
 @overload
 def attend(
@@ -286,11 +305,9 @@ def attend(
     region_value: Array,
     pattern: AnyPattern,
     *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    key_mask: Array | None = None,
     return_lse: Literal[True],
     out: Array | None = None,
+    **options: Unpack[AttendOptions],
 ) -> tuple[Array, Array]: ...
 def attend(
     query: Array,
@@ -303,6 +320,9 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     key_mask: Array | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Array | tuple[Array, Array]:
@@ -312,27 +332,16 @@ def attend(
     ----------
     region_key : `[..., Hk, R, D]` or `[..., Hq, R, D]`: k_R, as in ``Summary.key``.
     region_value : `[..., Hq, R, Dv]`: h_R, as in ``Summary.value``.
-    query, key, value, pattern, is_causal, scale, key_mask, return_lse, out : as in `attention`.
+    query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens, dropout_p, seed, return_lse, out : as in
+        `attention`.
 
     Returns
     -------
     out, or (out, lse), as `attention`.
     """
-    done = _core.forward(
-        _ATTEND,
-        query,
-        key,
-        value,
-        pattern,
-        is_causal,
-        scale,
-        key_mask,
-        None,
-        region_key,
-        region_value,
-        out,
-        False,
-    )
+    given = query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens, None, region_key
+    inputs = Inputs(*given, calls.dropout(dropout_p, seed))
+    done, _ = calls.forward(ATTEND, inputs, region_value=region_value, out=out)
     return done[:2] if return_lse else done[0]
 
 
@@ -347,12 +356,15 @@ def attend_forward(
     is_causal: bool = False,
     scale: float | None = None,
     key_mask: Array | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """`attend`, and what `attend_backward` needs: a dict as `attention_forward` returns it."""
-    inputs = (query, key, value, pattern, is_causal, scale, key_mask, None, region_key)
-    done = _core.forward(_ATTEND, *inputs, region_value, out, True)
-    saved = _save("attend_forward", inputs, done)
+    given = query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens, None, region_key
+    inputs = Inputs(*given, calls.dropout(dropout_p, seed))
+    done, saved = calls.forward(ATTEND, inputs, region_value=region_value, out=out, function="attend_forward")
     saved.update(region_key=None, summary_key=region_key, summary_value=region_value)
     return done[0], saved
 
@@ -366,7 +378,7 @@ def attend_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = N
     saved : what `attend_forward` returned.
     grad_lse : `[..., Hq, L]`; none by default.
     """
-    done = _backward(_ATTEND, "attend_forward", saved, grad_out, grad_lse, None, None)
+    done = calls.backward(ATTEND, "attend_forward", saved, grad_out, grad_lse, None, None)
     return AttendGradients(*done[:3], *done[5:])
 
 
@@ -406,6 +418,7 @@ def attention_weights(
     is_causal: bool = False,
     scale: float | None = None,
     key_mask: Array | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
     region_query: Array | None = None,
     region_key: Array | None = None,
 ) -> Array:
@@ -423,34 +436,19 @@ def attention_weights(
     This is `attention` with the identity for values, up to 512 columns at a time: O(L^2) memory and L / 512 times the
     cost of attention with Dv = 512. To look at, not to compute with.
     """
-    options: dict[str, Any] = {
+    options: AttentionOptions = {
         "is_causal": is_causal,
         "scale": scale,
         "key_mask": key_mask,
+        "cu_seqlens": cu_seqlens,
         "region_query": region_query,
         "region_key": region_key,
     }
-    lse = attention(query, key, key, pattern, return_lse=True, **options)[1]  # checks every argument, L = 0 too
-    L = lse.shape[-1]
-    weights = np.empty((*lse.shape, L), lse.dtype)
+    like = attention(query, key, key, pattern, **options)  # checks every argument, L = 0 too
+    L = like.shape[-2]
+    weights = np.empty((*like.shape[:-1], L), like.dtype)
     for first in range(0, L, 512):
-        columns = np.eye(L, min(512, L - first), -first, lse.dtype)
+        columns = np.eye(L, min(512, L - first), -first, like.dtype)
         value = np.broadcast_to(columns, (*np.shape(key)[:-1], columns.shape[1]))
         attention(query, key, value, pattern, out=weights[..., first : first + 512], **options)
     return weights
-
-
-def _save(function: str, inputs: tuple[Any, ...], done: tuple[Any, ...]) -> Saved:
-    """The inputs with the plan and scale that they came to, and the results."""
-    query, key, value, _, _, _, key_mask, region_query, region_key = inputs
-    out, lse, *summary, plan, scale = done
-    problem = (query, key, value, plan, scale, key_mask, region_query, region_key)
-    return {"function": function, **dict(zip(_PROBLEM + _RESULT, (*problem, *summary, out, lse), strict=True))}
-
-
-def _backward(stages: int, function: str, saved: Saved, *gradients: Array | None) -> tuple[Any, ...]:
-    if not isinstance(saved, dict):
-        raise TypeError(f"saved must be the dict that {function} returned, got {type(saved).__name__}")
-    if saved.get("function") != function:
-        raise ValueError(f"saved must come from {function}, got one from {saved.get('function')}")
-    return _core.backward(stages, *(saved[name] for name in _PROBLEM + _RESULT), *gradients)

@@ -7,6 +7,7 @@ causal, else all.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -21,12 +22,13 @@ from .plan import POOLINGS, Plan, Pooling, as_integer, pooling_number
 class Pattern(Protocol):
     """What attention takes for a pattern: anything that makes plans."""
 
-    def plan(self, length: int, is_causal: bool = False, /) -> Plan | tuple[Plan, ...]:
+    def plan(self, length: int, is_causal: bool = False, /) -> Plans:
         """A plan, or one for each batch entry and key head in that order."""
         ...
 
 
-AnyPattern: TypeAlias = Pattern | Plan | tuple[Plan, ...]
+Plans: TypeAlias = Plan | tuple[Plan, ...]
+AnyPattern: TypeAlias = "Pattern | Plans | Mixture"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -264,20 +266,23 @@ class Routing(Factorization):
         clusters.flags.writeable = False
         object.__setattr__(self, "clusters", clusters)
 
-    def plan(self, length: int, is_causal: bool = False) -> Plan | tuple[Plan, ...]:  # type: ignore[override]
+    def plan(self, length: int, is_causal: bool = False) -> Plans:  # type: ignore[override]
         """The plan, or a tuple of one for each batch entry and key head, of `length` = L positions."""
         return Factorization.plan(self, length, is_causal)
 
-    def _build(  # type: ignore[override]
-        self, length: int, is_causal: bool, sparse: bool
-    ) -> Plan | tuple[Plan, ...]:
+    def _build(self, length: int, is_causal: bool, sparse: bool) -> Plans:  # type: ignore[override]
         if length != self.clusters.shape[-1]:
             raise ValueError(f"clusters are of {self.clusters.shape[-1]} positions, got length {length}")
+        return self._build_segment(0, length, is_causal, sparse)
+
+    def _build_segment(self, start: int, end: int, is_causal: bool, sparse: bool) -> Plans:
+        """The plans of positions [start, end), whose clusters keep their numbers."""
         options = self._options(is_causal, sparse)
-        if self.clusters.ndim == 1:
-            return Plan._routing(self.clusters, *options)
-        sets = self.clusters.reshape(math.prod(self.clusters.shape[:-1]), length)
-        return tuple(Plan._routing(clusters, *options) for clusters in sets)
+        clusters = self.clusters[..., start:end]
+        if clusters.ndim == 1:
+            return Plan._routing(clusters, *options)
+        sets = clusters.reshape(math.prod(clusters.shape[:-1]), end - start)
+        return tuple(Plan._routing(each, *options) for each in sets)
 
     def __repr__(self) -> str:
         shape = ", ".join(map(str, self.clusters.shape))
@@ -301,6 +306,83 @@ class Sparse:
 
     def __repr__(self) -> str:
         return f"{self.pattern!r}.sparse()"
+
+
+@dataclass(frozen=True, slots=True, repr=False, init=False)
+class Mixture:
+    """The mean of several factorizations' attentions, each with its own summaries (section 4.3).
+
+    The output and the effective attention are the plain means of the components'; there is no single normaliser, so
+    that `summarize`, `attend` and ``return_lse=True`` are errors. A component with nothing to attend to counts as 0.
+    Pooling and size_bias are the components' own; the region axis is the concatenation of theirs. The cost is the sum
+    of theirs.
+
+    Parameters
+    ----------
+    *patterns : patterns or plans, at least one; no mixtures.
+    """
+
+    patterns: tuple[Pattern | Plan, ...]
+
+    def __init__(self, *patterns: Pattern | Plan) -> None:
+        if not patterns:
+            raise ValueError("patterns must be at least one, got none")
+        for pattern in patterns:
+            if isinstance(pattern, Mixture | tuple | type) or not (
+                isinstance(pattern, Plan) or callable(getattr(pattern, "plan", None))
+            ):
+                kind = pattern.__name__ if isinstance(pattern, type) else type(pattern).__name__
+                raise TypeError(f"patterns must be patterns such as combiner.Fixed() or plans, got {kind}")
+        object.__setattr__(self, "patterns", patterns)
+
+    def plan(self, length: int, is_causal: bool = False) -> tuple[Plans, ...]:
+        """The components' plans for L = `length` positions."""
+        return tuple(
+            pattern if isinstance(pattern, Plan) else pattern.plan(length, is_causal) for pattern in self.patterns
+        )
+
+    def sparse(self) -> Mixture:
+        """The mixture of the components' sparse baselines.
+
+        Raises
+        ------
+        TypeError : a component without one: a Plan.
+        """
+        for pattern in self.patterns:
+            if not hasattr(pattern, "sparse"):
+                raise TypeError(f"patterns must have a sparse baseline each, got {type(pattern).__name__}")
+        return Mixture(*(pattern.sparse() for pattern in self.patterns))  # type: ignore[union-attr]
+
+    def __repr__(self) -> str:
+        return f"Mixture({', '.join(map(repr, self.patterns))})"
+
+
+def segment_plans(pattern: Pattern | Plan, cu_seqlens: npt.NDArray[np.int64], is_causal: bool) -> tuple[Plan, ...]:
+    """The plans of packed sequences, segment by segment: one each, or one for each batch entry and key head.
+
+    Parameters
+    ----------
+    cu_seqlens : `[N + 1]`, from 0, not decreasing.
+
+    Raises
+    ------
+    ValueError : a Plan, which is of one length; clusters of another length than all segments together.
+    """
+    if isinstance(pattern, Plan | tuple):
+        raise ValueError(f"pattern must make a plan for each sequence of cu_seqlens, got a {type(pattern).__name__}")
+    if isinstance(pattern, type) or not callable(getattr(pattern, "plan", None)):
+        raise TypeError(f"pattern must be a pattern such as combiner.Fixed(), got {type(pattern).__name__}")
+    plans: list[Plan] = []
+    routing = pattern.pattern if isinstance(pattern, Sparse) else pattern
+    if isinstance(routing, Routing) and routing.clusters.shape[-1] != cu_seqlens[-1]:
+        raise ValueError(f"clusters are of {routing.clusters.shape[-1]} positions, got length {cu_seqlens[-1]}")
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        if isinstance(routing, Routing):
+            made = routing._build_segment(start, end, is_causal, isinstance(pattern, Sparse))
+        else:
+            made = pattern.plan(end - start, is_causal)
+        plans.extend(made if isinstance(made, tuple) else (made,))
+    return tuple(plans)
 
 
 @lru_cache(maxsize=64)

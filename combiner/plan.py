@@ -197,12 +197,12 @@ class Plan(_core.Plan):
         )
 
 
-def as_integer(name: str, value: object, least: int) -> int:
-    """`value` as an int of 64 bits and at least `least`; bool is not an integer here."""
+def as_integer(name: str, value: object, least: int, *, bits: int = 63) -> int:
+    """`value` as an int of at most that many bits and at least `least`; bool is not an integer here."""
     if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     number = operator.index(value)
-    if not least <= number < 2**63:
+    if not least <= number < 1 << bits:
         raise ValueError(f"{name} must be at least {least} and fit 64 bits, got {number}")
     return number
 

@@ -19,6 +19,8 @@ backward beside it, in the same words.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from .patterns import Axial, AxialMixture, Dense, Factorization, Fixed, LogSparse, Routing, Sparse, Tree
+from .patterns import Axial, AxialMixture, Dense, Factorization, Fixed, LogSparse, Mixture, Routing, Sparse, Tree
 
 Array: TypeAlias = np.ndarray
 Lists: TypeAlias = list[list[int]]
@@ -86,7 +88,7 @@ class Parts:
     weighted: bool = False
 
 
-Pattern: TypeAlias = Factorization | Sparse | Parts
+Pattern: TypeAlias = Factorization | Sparse | Parts | Mixture
 
 
 def parts(pattern: Pattern, length: int, is_causal: bool = False) -> Parts:
@@ -266,7 +268,10 @@ def square_root(length: int) -> int:
 class _Head:
     """The table of one query head, and the three passes over it."""
 
-    def __init__(self, parts: Parts, q: Array, k: Array, v: Array, live: Array, scale: float):
+    def __init__(
+        self, parts: Parts, q: Array, k: Array, v: Array, live: Array, scale: float, keep: Callable[[int, Array], Array]
+    ):
+        self.keep = keep  # dropout's factors of query i's weights of some rows of the table
         L, R = len(q), len(parts.members)
         self.parts, self.L, self.R, self.scale = parts, L, R, scale
         self.Q = np.concatenate([q, np.zeros((R, q.shape[1]))])
@@ -349,13 +354,14 @@ class _Head:
     def attend(self) -> None:
         for i in range(self.L):
             if self.softmax(i, self.parts.direct[i] + [self.L + r for r in self.parts.regions[i]]):
-                self.out[i] = self.p[i] @ self.V[self.rows[i]]
+                self.out[i] = (self.p[i] * self.keep(i, self.rows[i])) @ self.V[self.rows[i]]
 
     def attend_backward(self, grad_out: Array, grad_lse: Array) -> None:
         for i in range(self.L):
             if self.rows[i]:
-                dp = self.V[self.rows[i]] @ grad_out[i]
-                np.add.at(self.dV, self.rows[i], np.outer(self.p[i], grad_out[i]))
+                keep = self.keep(i, self.rows[i])
+                dp = keep * (self.V[self.rows[i]] @ grad_out[i])
+                np.add.at(self.dV, self.rows[i], np.outer(self.p[i] * keep, grad_out[i]))
                 self.softmax_backward(i, dp, grad_lse[i])
 
     # the softmax of one row x over others: s_t = scale * Q[x] . K[t] + bias_t, p = exp(s - lse)
@@ -388,6 +394,47 @@ class _Head:
 # All heads
 
 
+def _parts_of_heads(pattern: Pattern, B: int, Hk: int, length: int, is_causal: bool) -> dict[tuple[int, int], Parts]:
+    """The parts of each batch entry and key head: the same but where they have their own clusters."""
+    heads = list(itertools.product(range(B), range(Hk)))
+    routing = pattern.pattern if isinstance(pattern, Sparse) else pattern
+    if isinstance(routing, Routing) and routing.clusters.ndim > 1:
+        own = [_with_clusters(routing, each) for each in routing.clusters.reshape(B * Hk, length)]
+        alone = [Sparse(each) if isinstance(pattern, Sparse) else each for each in own]
+        return {at: parts(each, length, is_causal) for at, each in zip(heads, alone, strict=True)}
+    return dict.fromkeys(heads, parts(pattern, length, is_causal))
+
+
+def _with_clusters(routing: Routing, clusters: Array) -> Routing:
+    """The same with other clusters, whose ids may exceed the length of what is cut out of a longer sequence."""
+    own = copy.copy(routing)
+    object.__setattr__(own, "clusters", clusters)
+    return own
+
+
+def dropout_factors(dropout_p: float, seed: int, b: int, h: int, i: int, rows: Array) -> Array:
+    """1 / (1 - dropout_p), or 0 with the probability dropout_p, for query i's weight of each of the rows.
+
+    The random number of a row is 24 bits of word ``row mod 4`` of Philox4x32-10 (Salmon et al., SC 2011).
+    """
+    if dropout_p in (0, 1):
+        return np.full(len(rows), 1.0 - dropout_p)
+    words = philox((rows // 4, i, h, b), (seed % 2**32, seed // 2**32))
+    u = (words[rows % 4, np.arange(len(rows))] >> 8) / 2**24
+    return np.where(u >= dropout_p, 1 / (1 - dropout_p), 0.0)
+
+
+def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> Array:
+    """The four 32-bit words of Philox4x32-10, `[4, ...]`, for counters of four broadcast words each."""
+    a, b, c, d = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
+    mask = np.uint64(2**32 - 1)
+    for n in range(10):
+        k0, k1 = (np.uint64((k + n * weyl) % 2**32) for k, weyl in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True))
+        ac, cc = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        a, b, c, d = (cc >> np.uint64(32)) ^ b ^ k0, cc & mask, (ac >> np.uint64(32)) ^ d ^ k1, ac & mask
+    return np.stack([a, b, c, d])
+
+
 class _Heads:
     """The leading axes flattened to [B, H], and a `_Head` for each query head; it reads key head h // (Hq / Hk)."""
 
@@ -400,6 +447,9 @@ class _Heads:
         is_causal: bool,
         scale: float | None,
         key_mask: Array | None,
+        dropout_p: float = 0.0,
+        seed: int = 0,
+        dropout_row: int = 0,
     ):
         q, k, v = _flat(query), _flat(key), _flat(value)
         self.leading = np.shape(query)[:-2]
@@ -407,13 +457,17 @@ class _Heads:
         self.Hk, self.Dv = k.shape[1], v.shape[3]
         scale = 1 / np.sqrt(self.D) if scale is None else scale
         live = np.ones((self.B, self.L), bool) if key_mask is None else np.reshape(key_mask, (self.B, self.L))
-        self.parts = parts(pattern, self.L, is_causal)
-        self.R = len(self.parts.members)
-        self.heads = {
-            (b, h): _Head(self.parts, q[b, h], self.read(k, b, h), self.read(v, b, h), live[b], scale)
-            for b in range(self.B)
-            for h in range(self.Hq)
-        }
+        self.parts = _parts_of_heads(pattern, self.B, self.Hk, self.L, is_causal)
+        self.R = max((len(each.members) for each in self.parts.values()), default=0)
+        self.weighted = any(each.weighted for each in self.parts.values())
+        self.heads = {}
+        for b, h in itertools.product(range(self.B), range(self.Hq)):
+            own = self.parts[b, h * self.Hk // self.Hq]
+
+            def keep(i: int, rows: Sequence[int], b: int = b, h: int = h) -> Array:
+                return dropout_factors(dropout_p, seed, b, h, i, np.array(rows) + dropout_row)
+
+            self.heads[b, h] = _Head(own, q[b, h], self.read(k, b, h), self.read(v, b, h), live[b], scale, keep)
 
     def __iter__(self) -> Iterator[tuple[tuple[int, int], _Head]]:
         return iter(self.heads.items())
@@ -441,7 +495,17 @@ class _Heads:
         """The gradient of rows L .. L+R-1 of a table that were given, None where they were not."""
         if given is None:
             return None
-        return self.write(_flat(given).shape[1], _flat(given).shape[2:], lambda head: getattr(head, table)[self.L :])
+        return self.write_regions(_flat(given).shape[1], lambda head: getattr(head, table))
+
+    def write_regions(self, heads: int, get: Callable[[_Head], Array], add=True, empty: float = 0.0) -> Array:
+        """The same of rows L .. L+R-1 of a table; `empty` where a head has fewer regions than another."""
+
+        def rows(head: _Head) -> Array:
+            own = get(head)[self.L :]
+            return np.concatenate([own, np.full((self.R - len(own), *own.shape[1:]), empty)])
+
+        tail = get(next(iter(self.heads.values()))).shape[1:] if self.heads else ()
+        return self.write(heads, (self.R, *tail), rows, add)
 
 
 def _flat(x: Array) -> Array:
@@ -467,11 +531,22 @@ def attention_forward(
     is_causal: bool = False,
     scale: float | None = None,
     key_mask: Array | None = None,
+    cu_seqlens: Sequence[int] | None = None,
     region_query: Array | None = None,
     region_key: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    dropout_row: int = 0,
 ) -> tuple[Array, Saved]:
-    """out and what `attention_backward` needs."""
-    heads = _Heads(query, key, value, pattern, is_causal, scale, key_mask)
+    """out and what `attention_backward` needs. Dropout numbers the pattern's rows from `dropout_row` on."""
+    options = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+    if cu_seqlens is not None:
+        return _packed_forward(
+            attention_forward, (query, key, value), pattern, cu_seqlens, key_mask, (region_query, region_key), options
+        )
+    if isinstance(pattern, Mixture):
+        return _mixture_forward((query, key, value), pattern, key_mask, (region_query, region_key), options)
+    heads = _Heads(query, key, value, pattern, is_causal, scale, key_mask, dropout_p, seed, dropout_row)
     for at, head in heads:
         head.abstract(heads.read(region_query, *at), heads.read(region_key, *at))
         head.summarize(region_key is not None)
@@ -483,6 +558,14 @@ def attention_forward(
 
 def attention_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = None) -> Gradients:
     """The exact derivatives of sum(out * grad_out) + sum(lse * grad_lse)."""
+    if "sequences" in saved:
+        return _packed_backward(attention_backward, grad_out, saved, grad_lse)
+    if "components" in saved:
+        each = [attention_backward(grad_out, component) for component in saved["components"]]
+        query, key, value = (sum(x) / len(each) for x in zip(*(own[:3] for own in each), strict=True))
+        return Gradients(
+            query, key, value, *(_join(x, 1 / len(each)) for x in zip(*(g[3:] for g in each), strict=True))
+        )
     heads, region_query, region_key = saved["heads"], saved["region_query"], saved["region_key"]
     for at, head in heads:
         head.zero_gradients()
@@ -512,10 +595,16 @@ def summarize_forward(
     is_causal: bool = False,
     scale: float | None = None,
     key_mask: Array | None = None,
+    cu_seqlens: Sequence[int] | None = None,
     region_query: Array | None = None,
     region_key: Array | None = None,
 ) -> tuple[Summary, Saved]:
     """The summary and what `summarize_backward` needs."""
+    if cu_seqlens is not None:
+        options = {"is_causal": is_causal, "scale": scale}
+        return _packed_forward(
+            summarize_forward, (query, key, value), pattern, cu_seqlens, key_mask, (region_query, region_key), options
+        )
     heads = _Heads(query, key, value, pattern, is_causal, scale, key_mask)
     for at, head in heads:
         head.abstract(heads.read(region_query, *at), heads.read(region_key, *at))
@@ -523,17 +612,23 @@ def summarize_forward(
     if region_key is not None:
         key_heads = _flat(region_key).shape[1]
     else:
-        key_heads = heads.Hq if heads.parts.weighted else heads.Hk
+        key_heads = heads.Hq if heads.weighted else heads.Hk
     summary = Summary(
-        heads.write(key_heads, (heads.R, heads.D), lambda head: head.K[heads.L :], add=False),
-        heads.write(heads.Hq, (heads.R, heads.Dv), lambda head: head.V[heads.L :]),
-        heads.write(heads.Hq, (heads.R,), lambda head: head.lse[heads.L :]),
+        heads.write_regions(key_heads, lambda head: head.K, add=False),
+        heads.write_regions(heads.Hq, lambda head: head.V),
+        heads.write_regions(heads.Hq, lambda head: head.lse, empty=-np.inf),
     )
     return summary, {"heads": heads, "region_query": region_query, "region_key": region_key}
 
 
 def summarize_backward(grad_summary_key: Array | None, grad_summary_value: Array | None, saved: Saved) -> Gradients:
     """The exact derivatives of sum(key * grad_summary_key) + sum(value * grad_summary_value); either may be None."""
+    if "sequences" in saved:
+        each = [
+            summarize_backward(_cut(grad_summary_key, regions), _cut(grad_summary_value, regions), own)
+            for own, regions in zip(saved["sequences"], saved["regions"], strict=True)
+        ]
+        return Gradients(*map(_join, zip(*each, strict=True)))
     heads, region_query, region_key = saved["heads"], saved["region_query"], saved["region_key"]
     share = 1 if grad_summary_key is None else heads.Hq // _flat(grad_summary_key).shape[1]
     for at, head in heads:
@@ -577,11 +672,20 @@ def attend_forward(
     is_causal: bool = False,
     scale: float | None = None,
     key_mask: Array | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Array, Saved]:
     """out and what `attend_backward` needs."""
-    heads = _Heads(query, key, value, pattern, is_causal, scale, key_mask)
+    if cu_seqlens is not None:
+        options = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+        return _packed_forward(
+            attend_forward, (query, key, value), pattern, cu_seqlens, key_mask, (region_key, region_value), options
+        )
+    heads = _Heads(query, key, value, pattern, is_causal, scale, key_mask, dropout_p, seed)
     for at, head in heads:
-        head.K[heads.L :], head.V[heads.L :] = heads.read(region_key, *at), heads.read(region_value, *at)
+        head.K[heads.L :] = heads.read(region_key, *at)[: head.R]
+        head.V[heads.L :] = heads.read(region_value, *at)[: head.R]
         head.attend()
     out = heads.write(heads.Hq, (heads.L, heads.Dv), lambda head: head.out)
     lse = heads.write(heads.Hq, (heads.L,), lambda head: head.lse[: heads.L])
@@ -590,6 +694,8 @@ def attend_forward(
 
 def attend_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = None) -> AttendGradients:
     """The exact derivatives of sum(out * grad_out) + sum(lse * grad_lse) through stage 2."""
+    if "sequences" in saved:
+        return _packed_backward(attend_backward, grad_out, saved, grad_lse)
     heads = saved["heads"]
     for at, head in heads:
         head.zero_gradients()
@@ -612,5 +718,110 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
 
 def attention_weights(query: Array, key: Array, pattern: Pattern, **options: Any) -> Array:
     """The effective attention W `[..., Hq, L, L]` (eq 8): rows sum to 1, or to 0 with nothing to attend to."""
-    heads = attention_forward(query, key, np.zeros((*np.shape(key)[:-1], 0)), pattern, **options)[1]["heads"]
+    nothing = np.zeros((*np.shape(key)[:-1], 0))
+    return _weights(attention_forward(query, key, nothing, pattern, **options)[1])
+
+
+def _weights(saved: Saved) -> Array:
+    if "components" in saved:
+        return sum(map(_weights, saved["components"])) / len(saved["components"])
+    if "sequences" in saved:
+        whole = np.zeros((*saved["out"].shape[:-1], saved["out"].shape[-2]))
+        for own, positions in zip(saved["sequences"], saved["positions"], strict=True):
+            whole[..., positions, positions] = _weights(own)
+        return whole
+    heads = saved["heads"]
     return heads.write(heads.Hq, (heads.L, heads.L), lambda head: head.weights())
+
+
+# Several calls in one: packed sequences, each as if alone, and the components of a mixture
+
+
+def _region_count(pattern: Pattern, B: int, Hk: int, length: int, is_causal: bool) -> int:
+    """R: of a mixture the sum of its components', of heads with parts of their own the largest."""
+    if isinstance(pattern, Mixture):
+        return sum(_region_count(each, B, Hk, length, is_causal) for each in pattern.patterns)
+    own = _parts_of_heads(pattern, B, Hk, length, is_causal)
+    return max((len(each.members) for each in own.values()), default=0)
+
+
+def _of_sequence(pattern: Pattern, positions: slice) -> Pattern:
+    """The pattern of some positions of packed sequences: only clusters are cut."""
+    if isinstance(pattern, Mixture):
+        return Mixture(*(_of_sequence(each, positions) for each in pattern.patterns))
+    if isinstance(pattern, Sparse):
+        return Sparse(_of_sequence(pattern.pattern, positions))
+    if isinstance(pattern, Routing):
+        return _with_clusters(pattern, pattern.clusters[..., positions])
+    return pattern
+
+
+def _packed_forward(
+    forward: Callable[..., Any],
+    arrays: tuple[Array, ...],
+    pattern: Pattern,
+    cu_seqlens: Sequence[int],
+    key_mask: Array | None,
+    regions: tuple[Array | None, Array | None],
+    options: dict[str, Any],
+) -> tuple[Any, Saved]:
+    """`forward` of each sequence alone; the region axes follow one another."""
+    B, Hk = _flat(arrays[1]).shape[:2]
+    results, saved = [], {"sequences": [], "positions": [], "regions": []}
+    first = 0
+    for start, end in itertools.pairwise(cu_seqlens):
+        here, own = slice(start, end), _of_sequence(pattern, slice(start, end))
+        there = slice(first, first + _region_count(own, B, Hk, end - start, options["is_causal"]))
+        first = there.stop
+        mask = None if key_mask is None else np.asarray(key_mask)[..., here]
+        names = ("region_key", "region_value") if forward is attend_forward else ("region_query", "region_key")
+        given = {name: _cut(x, there) for name, x in zip(names, regions, strict=True)}
+        result, kept = forward(*(_cut(x, here) for x in arrays), pattern=own, key_mask=mask, **given, **options)
+        results.append(result)
+        for name, x in zip(saved, (kept, here, there), strict=True):
+            saved[name].append(x)
+    if forward is summarize_forward:
+        key, value, lse = zip(*results, strict=True)
+        return Summary(_join(key), _join(value), np.concatenate(lse, axis=-1)), saved
+    lse = [kept.get("lse") for kept in saved["sequences"]]
+    joined = {"out": _join(results), "lse": None if lse[0] is None else np.concatenate(lse, axis=-1)}
+    return joined["out"], saved | joined
+
+
+def _packed_backward(backward: Callable[..., Any], grad_out: Array, saved: Saved, grad_lse: Array | None) -> Any:
+    each = [
+        backward(_cut(grad_out, here), own, grad_lse=None if grad_lse is None else np.asarray(grad_lse)[..., here])
+        for own, here in zip(saved["sequences"], saved["positions"], strict=True)
+    ]
+    return type(each[0])(*map(_join, zip(*each, strict=True)))
+
+
+def _mixture_forward(
+    arrays: tuple[Array, ...],
+    mixture: Mixture,
+    key_mask: Array | None,
+    regions: tuple[Array | None, Array | None],
+    options: dict[str, Any],
+) -> tuple[Array, Saved]:
+    """The mean of the components' outs; the region axes, and dropout's rows, follow one another."""
+    (B, Hk, L, _), is_causal = _flat(arrays[1]).shape, options["is_causal"]
+    outs, components = [], []
+    first = row = 0
+    for pattern in mixture.patterns:
+        there = slice(first, first + _region_count(pattern, B, Hk, L, is_causal))
+        given = {name: _cut(x, there) for name, x in zip(("region_query", "region_key"), regions, strict=True)}
+        out, saved = attention_forward(*arrays, pattern=pattern, key_mask=key_mask, dropout_row=row, **given, **options)
+        outs.append(out)
+        components.append(saved)
+        first, row = there.stop, row + L + there.stop - there.start
+    return sum(outs) / len(outs), {"components": components, "out": sum(outs) / len(outs)}
+
+
+def _cut(x: Array | None, rows: slice) -> Array | None:
+    """Some of the rows of `[..., rows, features]`; None where it is absent."""
+    return None if x is None else np.asarray(x)[..., rows, :]
+
+
+def _join(parts: Sequence[Array | None], factor: float = 1.0) -> Array | None:
+    """Rows that follow one another, times a factor; None where they are absent."""
+    return None if any(x is None for x in parts) else factor * np.concatenate(parts, axis=-2)

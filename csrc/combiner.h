@@ -138,7 +138,7 @@ cmb_status cmb_plan_axial_mixture(int64_t L, int64_t width, const cmb_plan_optio
 /* Nodes of level t hold branching^t positions; levels == 0: until one node covers L. branching >= 2. */
 cmb_status cmb_plan_tree(int64_t L, int64_t branching, int64_t levels, const cmb_plan_options *options, cmb_plan **plan,
                          cmb_error *error);
-/* cluster[i], 0 <= cluster[i] < L, is the cluster of position i. */
+/* cluster[i], 0 <= cluster[i] < 2^30, is the cluster of position i. Memory grows with the largest one. */
 cmb_status cmb_plan_routing(int64_t L, const int64_t *cluster, const cmb_plan_options *options, cmb_plan **plan,
                             cmb_error *error);
 
@@ -200,8 +200,14 @@ typedef struct {
     cmb_stages stages;
     int64_t B, Hq, Hk, L, D, Dv;
     double scale;
-    const cmb_plan *const *plan; /* one for all heads, or [B, Hk]; same L, pooling and flags in all */
-    int64_t plans;               /* 1 or B * Hk */
+
+    /* Packed sequences: positions segment[s] <= i < segment[s + 1] are computed as if they were alone, with a plan of
+     * their own length, in each batch entry; their regions follow those of the segments before. */
+    int64_t segments;       /* 0: one of all L positions */
+    const int64_t *segment; /* [segments + 1], from 0 to L, not decreasing */
+
+    const cmb_plan *const *plan; /* [segments] or [segments, B, Hk]; same pooling and flags in all */
+    int64_t plans;
     cmb_array query, key, value; /* [B, Hq, L, D], [B, Hk, L, D], [B, Hk, L, Dv] */
 
     const uint8_t *key_mask; /* [B, L], 0 = leave out: such a key, value and pooled query is never read; or NULL */
@@ -210,7 +216,15 @@ typedef struct {
     cmb_array region_query; /* [B, Hq, R, D] in place of the pooled q_R, or absent */
     cmb_array region_key;   /* [B, Hk or Hq, R, D] in place of k_R, or absent */
 
-    /* The regions' rows, R the largest of the plans'. Rows no query attends hold zeros (lse -inf).
+    /* Weight p of stage 2, of query i in its segment and table row n, becomes p / (1 - dropout_p) if u >= dropout_p,
+     * else 0: u is 24 bits of word n' mod 4 of Philox4x32-10 with counter (n' div 4, i, h, b), n' = n + dropout_row[s],
+     * and the seed as key. lse does not know of it. */
+    double dropout_p; /* 0 <= dropout_p <= 1 */
+    uint64_t seed;
+    const int64_t *dropout_row; /* [segments]; NULL: 0 */
+
+    /* The regions' rows, R the sum over segments of the largest of their plans'. Rows no query attends hold zeros (lse
+     * -inf).
      *   forward SUMMARIZE  writes all three
      *   forward ATTEND     reads key and value; lse is not used
      *   forward BOTH       writes those present: value and lse, and key where the plan is weighted, are

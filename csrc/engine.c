@@ -39,10 +39,33 @@ static cmb_status check_array(const char *name, const cmb_array *array, const cm
 /* Which of key or query heads a region array has. */
 static int64_t either(const cmb_array *array, const cmb_problem *p) { return array->heads == p->Hk ? p->Hk : p->Hq; }
 
-static int64_t most_regions(const cmb_problem *p) {
+/* ---- segments: positions first, .. of the problem, regions region, .. of its region axis ---- */
+
+typedef struct {
+    int64_t first, L;
+    int64_t region, R;
+    const cmb_plan *const *plan; /* one, or [B, Hk] */
+} segment;
+
+static int64_t segments_of(const cmb_problem *p) { return p->segment ? p->segments : 1; }
+
+/* Segment s, whose regions follow the first `region`. */
+static segment segment_of(const cmb_problem *p, int64_t s, int64_t region) {
+    const int64_t plans = segments_of(p) ? p->plans / segments_of(p) : 0;
+    segment it = {.L = p->L, .region = region, .plan = p->plan + s * plans};
+    if (p->segment) {
+        it.first = p->segment[s];
+        it.L = p->segment[s + 1] - it.first;
+    }
+    for (int64_t i = 0; i < plans; i++)
+        it.R = it.plan[i]->R > it.R ? it.plan[i]->R : it.R;
+    return it;
+}
+
+static int64_t count_regions(const cmb_problem *p) {
     int64_t R = 0;
-    for (int64_t i = 0; i < p->plans; i++)
-        R = p->plan[i]->R > R ? p->plan[i]->R : R;
+    for (int64_t s = 0; s < segments_of(p); s++)
+        R += segment_of(p, s, 0).R;
     return R;
 }
 
@@ -52,6 +75,20 @@ static int64_t most_regions(const cmb_problem *p) {
         if (status_ != CMB_OK)             \
             return status_;                \
     } while (0)
+
+static cmb_status check_segments(const cmb_problem *p, cmb_error *error) {
+    if (!p->segment)
+        return CMB_OK;
+    if (p->segments < 0 || p->segments > INT32_MAX)
+        return cmb_fail(error, CMB_ERR_VALUE, "segments must be between 0 and 2^31 - 1, got %lld",
+                        (long long)p->segments);
+    for (int64_t s = 0, before = 0; s <= p->segments; before = p->segment[s++])
+        if (p->segment[s] < before || p->segment[s] > p->L || (s == 0 && p->segment[s] != 0) ||
+            (s == p->segments && p->segment[s] != p->L))
+            return cmb_fail(error, CMB_ERR_VALUE, "segment must run from 0 to %lld and not decrease, got %lld at %lld",
+                            (long long)p->L, (long long)p->segment[s], (long long)s);
+    return CMB_OK;
+}
 
 static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *error) {
     if (p->dtype != CMB_FLOAT32 && p->dtype != CMB_FLOAT64)
@@ -74,18 +111,24 @@ static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *
                         (long long)p->Hq, (long long)p->Hk);
     if (!isfinite(p->scale))
         return cmb_fail(error, CMB_ERR_VALUE, "scale must be finite, got %g", p->scale);
+    if (!(p->dropout_p >= 0 && p->dropout_p <= 1))
+        return cmb_fail(error, CMB_ERR_VALUE, "dropout_p must be between 0 and 1, got %g", p->dropout_p);
+    TRY(check_segments(p, error));
     int64_t heads, rows, key_heads;
     if (__builtin_mul_overflow(p->B, p->Hq, &heads) || __builtin_mul_overflow(heads, p->L, &rows))
         return cmb_fail(error, CMB_ERR_OVERFLOW, "B * Hq * L does not fit in 64 bits");
     if (__builtin_mul_overflow(p->B, p->Hk, &key_heads))
         return cmb_fail(error, CMB_ERR_OVERFLOW, "B * Hk does not fit in 64 bits");
-    if (p->plans != 1 && p->plans != key_heads)
-        return cmb_fail(error, CMB_ERR_VALUE, "plans must be 1 or B * Hk = %lld, got %lld", (long long)key_heads,
-                        (long long)p->plans);
+    const int64_t segments = segments_of(p);
+    int64_t most;
+    if (__builtin_mul_overflow(segments, key_heads, &most) || (p->plans != segments && p->plans != most))
+        return cmb_fail(error, CMB_ERR_VALUE, "plans must be 1 or B * Hk = %lld, for each of %lld segments, got %lld",
+                        (long long)key_heads, (long long)segments, (long long)p->plans);
     for (int64_t i = 0; i < p->plans; i++) {
         const cmb_plan *plan = p->plan[i], *first = p->plan[0];
-        if (plan->L != p->L)
-            return cmb_fail(error, CMB_ERR_VALUE, "plan must be of length %lld, got %lld", (long long)p->L,
+        const int64_t L = segment_of(p, i / (p->plans / segments), 0).L;
+        if (plan->L != L)
+            return cmb_fail(error, CMB_ERR_VALUE, "plan must be of length %lld, got %lld", (long long)L,
                             (long long)plan->L);
         if (plan->pooling != first->pooling || plan->size_bias != first->size_bias ||
             plan->weighted != first->weighted || plan->is_causal != first->is_causal)
@@ -93,7 +136,7 @@ static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *
                             "plans of one call must agree in pooling, size_bias, weighted and "
                             "is_causal");
     }
-    const int64_t R = most_regions(p);
+    const int64_t R = count_regions(p);
     const bool attend = p->stages & CMB_ATTEND, summarize = p->stages & CMB_SUMMARIZE;
     const bool weighted = p->plans && p->plan[0]->weighted && !p->region_key.data;
     TRY(check_array("query", &p->query, p, p->Hq, p->L, p->D, error));
@@ -119,7 +162,7 @@ static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *
 }
 
 static cmb_status check_gradients(const cmb_problem *p, const cmb_gradients *g, cmb_error *error) {
-    const int64_t R = most_regions(p);
+    const int64_t R = count_regions(p);
     TRY(check_array("gradient of query", &g->query, p, p->Hq, p->L, p->D, error));
     TRY(check_array("gradient of key", &g->key, p, p->Hk, p->L, p->D, error));
     TRY(check_array("gradient of value", &g->value, p, p->Hk, p->L, p->Dv, error));
@@ -164,10 +207,12 @@ typedef struct {
     const cmb_problem *problem;
     const cmb_gradients *gradients;
     const cmb_stage_table *stage;
-    int64_t R, N, children; /* the largest of the plans' */
-    bool pooled;            /* every region of every plan has a pool: none is empty */
-    int64_t units;          /* heads forward, key heads backward */
-    int64_t slots;          /* of which in flight at once */
+    int64_t L, R, N, children; /* the largest of the segments' and plans' */
+    bool pooled;               /* every region of every plan has a pool: none is empty */
+    int64_t segments;
+    segment *segment; /* [segments] */
+    int64_t units;    /* heads of segments forward, key heads backward */
+    int64_t slots;    /* of which in flight at once */
     int workers;
     cmb_cancel *cancel;
     tables *table;         /* [slots] */
@@ -183,6 +228,7 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
     const cmb_problem *p = run->problem;
     const size_t R = (size_t)run->R, r = run->stage->size, d = (size_t)p->D * r, dv = (size_t)p->Dv * r;
     const bool summarize = p->stages & CMB_SUMMARIZE;
+    segment *segments = cmb_take(arena, (size_t)run->segments, sizeof *segments);
     tables *table = cmb_take(arena, (size_t)run->slots, sizeof *table);
     cmb_scratch **scratch = cmb_take(arena, (size_t)run->workers, sizeof *scratch);
     int64_t *task = cmb_take(arena, (size_t)run->slots + 1, sizeof *task);
@@ -207,10 +253,13 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
             table[i] = t;
     }
     for (int i = 0; i < run->workers; i++) {
-        cmb_scratch *s = run->stage->scratch(arena, p->D, p->Dv, run->N, run->children, backward);
+        cmb_scratch *s = run->stage->scratch(arena, p->D, p->Dv, run->N, run->children, p->dropout_p > 0, backward);
         if (scratch)
             scratch[i] = s;
     }
+    for (int64_t s = 0, region = 0; segments && s < run->segments; region += segments[s++].R)
+        segments[s] = segment_of(p, s, region);
+    run->segment = segments;
     run->table = table;
     run->scratch = scratch;
     run->task = task;
@@ -223,8 +272,13 @@ static const int64_t worth_a_thread = 65536;
 static const int64_t bytes_in_flight = 12 << 20;
 
 static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *gradients, bool backward) {
-    *run = (schedule){.problem = p, .gradients = gradients, .R = most_regions(p), .pooled = true};
+    *run = (schedule){.problem = p, .gradients = gradients, .segments = segments_of(p), .pooled = true};
     run->stage = p->dtype == CMB_FLOAT32 ? cmb_stages_f32() : cmb_stages_f64();
+    for (int64_t s = 0; s < run->segments; s++) {
+        const segment it = segment_of(p, s, 0);
+        run->L = it.L > run->L ? it.L : run->L;
+        run->R = it.R > run->R ? it.R : run->R;
+    }
     for (int64_t i = 0; i < p->plans; i++) {
         const cmb_plan *plan = p->plan[i];
         int64_t pooled = 0;
@@ -237,13 +291,13 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
     }
     const int threads = cmb_get_num_threads();
     const double work = (double)p->B * (double)p->Hq * (double)p->L * (double)(p->D + p->Dv);
-    run->units = p->B * (backward ? p->Hk : p->Hq);
+    run->units = p->B * run->segments * (backward ? p->Hk : p->Hq);
     run->workers = work < (double)worth_a_thread ? 1 : threads;
     if (backward) {
         run->workers = run->units < run->workers ? (int)run->units : run->workers;
         run->slots = run->workers;
     } else {
-        const int64_t bytes = (p->L + run->R) * (2 * p->D + p->Dv) * (int64_t)run->stage->size;
+        const int64_t bytes = (run->L + run->R) * (2 * p->D + p->Dv) * (int64_t)run->stage->size;
         const int64_t fit = bytes > 0 ? bytes_in_flight / bytes : INT64_MAX;
         const int64_t fewest = (run->workers + 3) / 4; /* a wave of one head may have few tasks */
         run->slots = fit > fewest ? fit : fewest;
@@ -254,30 +308,65 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
 
 /* ---- one head ----------------------------------------------------------------------------------- */
 
-static cmb_rows head_of(const cmb_problem *p, const cmb_array *array, size_t size, int64_t b, int64_t h) {
+/* What a unit of work is: a head, query or key, of one segment of a batch entry. Heads are innermost: those in flight
+ * share their positions. */
+typedef struct {
+    int64_t b, h;
+    int64_t s; /* the segment's number */
+    segment segment;
+} unit;
+
+static unit unit_of(const schedule *run, int64_t n, int64_t heads) {
+    const int64_t s = n / heads % run->segments;
+    return (unit){.b = n / heads / run->segments, .h = n % heads, .s = s, .segment = run->segment[s]};
+}
+
+/* Rows first, .. of what query head h of batch entry b reads of an array. */
+static cmb_rows rows_of(const cmb_problem *p, const cmb_array *array, size_t size, const unit *u, int64_t first) {
     if (!array->data)
         return (cmb_rows){NULL, 0};
-    const int64_t at = b * array->batch + h * array->heads / p->Hq * array->head;
+    const int64_t at = u->b * array->batch + u->h * array->heads / p->Hq * array->head + first * array->row;
     return (cmb_rows){(char *)array->data + at * (int64_t)size, array->row};
 }
 
 static cmb_rows dense(void *data, int64_t row) { return (cmb_rows){data, row}; }
 
-static cmb_head make_head(const schedule *run, const tables *t, int64_t b, int64_t h) {
+/* The rows of positions, and of regions where the caller has an array of them, else the table's own. */
+static cmb_rows positions(const schedule *run, const cmb_array *array, const unit *u) {
+    return rows_of(run->problem, array, run->stage->size, u, u->segment.first);
+}
+
+static cmb_rows regions(const schedule *run, const cmb_array *array, const unit *u, void *own, int64_t dim) {
+    return array->data ? rows_of(run->problem, array, run->stage->size, u, u->segment.region) : dense(own, dim);
+}
+
+static cmb_dropout dropout_of(const cmb_problem *p, const unit *u) {
+    return (cmb_dropout){
+        .threshold = (uint32_t)ceil(p->dropout_p * (1 << 24)),
+        .factor = p->dropout_p < 1 ? 1 / (1 - p->dropout_p) : 0,
+        .head = (uint32_t)u->h,
+        .batch = (uint32_t)u->b,
+        .row = p->dropout_row ? (uint32_t)p->dropout_row[u->s] : 0,
+        .seed = p->seed,
+    };
+}
+
+static cmb_head make_head(const schedule *run, const tables *t, const unit *u) {
     const cmb_problem *p = run->problem;
-    const size_t size = run->stage->size;
-    const int64_t hk = h / (p->Hq / p->Hk);
-    const cmb_plan *plan = p->plan[p->plans == 1 ? 0 : b * p->Hk + hk];
+    const int64_t hk = u->h / (p->Hq / p->Hk);
+    const cmb_plan *plan = u->segment.plan[p->plans == run->segments ? 0 : u->b * p->Hk + hk];
     const bool summarize = p->stages & CMB_SUMMARIZE, first = plan->pooling == CMB_POOL_FIRST;
     const bool weighted = summarize && plan->weighted && !p->region_key.data;
     cmb_head head = {
         .plan = plan,
         .stages = p->stages,
-        .L = p->L,
+        .L = u->segment.L,
         .D = p->D,
         .Dv = p->Dv,
+        .R = u->segment.R,
         .scale = p->scale,
-        .key_mask = p->key_mask ? p->key_mask + b * p->mask_batch : NULL,
+        .dropout = dropout_of(p, u),
+        .key_mask = p->key_mask ? p->key_mask + u->b * p->mask_batch + u->segment.first * p->mask_row : NULL,
         .mask_row = p->mask_row,
         .all_live = !p->key_mask && run->pooled,
         .pool_query = summarize && !first && !p->region_query.data,
@@ -287,21 +376,17 @@ static cmb_head make_head(const schedule *run, const tables *t, int64_t b, int64
         .weighted = weighted,
         .count = t->count,
         .pick = t->pick,
-        .query = head_of(p, &p->query, size, b, h),
-        .key = head_of(p, &p->key, size, b, h),
-        .value = head_of(p, &p->value, size, b, h),
-        .region_query = p->region_query.data ? head_of(p, &p->region_query, size, b, h) : dense(t->query, p->D),
-        .region_value = p->summary_value.data ? head_of(p, &p->summary_value, size, b, h) : dense(t->value, p->Dv),
-        .region_lse = p->summary_lse.data ? head_of(p, &p->summary_lse, size, b, h) : dense(t->lse, 1),
-        .out = head_of(p, &p->out, size, b, h),
-        .lse = head_of(p, &p->lse, size, b, h),
+        .query = positions(run, &p->query, u),
+        .key = positions(run, &p->key, u),
+        .value = positions(run, &p->value, u),
+        .region_query = regions(run, &p->region_query, u, t->query, p->D),
+        .region_value = regions(run, &p->summary_value, u, t->value, p->Dv),
+        .region_lse = regions(run, &p->summary_lse, u, t->lse, 1),
+        .out = positions(run, &p->out, u),
+        .lse = positions(run, &p->lse, u),
     };
-    if (!summarize || (weighted && p->summary_key.data))
-        head.region_key = head_of(p, &p->summary_key, size, b, h);
-    else if (p->region_key.data)
-        head.region_key = head_of(p, &p->region_key, size, b, h);
-    else
-        head.region_key = dense(t->key, p->D);
+    const bool is_summary = !summarize || (weighted && p->summary_key.data);
+    head.region_key = regions(run, is_summary ? &p->summary_key : &p->region_key, u, t->key, p->D);
     head.counted = !head.all_live || plan->size_bias || plan->pooling == CMB_POOL_MEAN || plan->pooling == CMB_POOL_SUM;
     return head;
 }
@@ -309,8 +394,8 @@ static cmb_head make_head(const schedule *run, const tables *t, int64_t b, int64
 /* ---- forward ------------------------------------------------------------------------------------ */
 
 static cmb_head flying_head(const schedule *run, int64_t slot) {
-    const int64_t unit = run->first + slot, Hq = run->problem->Hq;
-    return make_head(run, &run->table[slot], unit / Hq, unit % Hq);
+    const unit u = unit_of(run, run->first + slot, run->problem->Hq);
+    return make_head(run, &run->table[slot], &u);
 }
 
 static void clear_counts(const cmb_head *head) {
@@ -326,7 +411,7 @@ static void begin_head(void *context, int64_t slot, int worker) {
     if (head.stages & CMB_ATTEND)
         run->stage->begin(head.L, head.lse);
     if (head.stages & CMB_SUMMARIZE)
-        run->stage->begin(run->R, head.region_lse);
+        run->stage->begin(head.R, head.region_lse);
 }
 
 static void forward_task(void *context, int64_t index, int worker) {
@@ -346,18 +431,18 @@ static void end_head(void *context, int64_t slot, int worker) {
     const schedule *run = context;
     const cmb_problem *p = run->problem;
     (void)worker;
-    const cmb_head head = flying_head(run, slot);
-    const int64_t unit = run->first + slot, b = unit / p->Hq, h = unit % p->Hq;
+    const unit u = unit_of(run, run->first + slot, p->Hq);
+    const cmb_head head = make_head(run, &run->table[slot], &u);
     if (head.stages & CMB_ATTEND)
         run->stage->finish(head.L, head.lse, head.out, head.Dv, (cmb_rows){NULL, 0}, 0);
     if (!(head.stages & CMB_SUMMARIZE))
         return;
     if (p->summary_value.data)
-        run->stage->finish(run->R, head.region_lse, head.region_value, head.Dv,
+        run->stage->finish(head.R, head.region_lse, head.region_value, head.Dv,
                            head.weighted ? head.region_key : (cmb_rows){NULL, 0}, head.D);
-    const bool owner = p->summary_key.data && h % (p->Hq / p->summary_key.heads) == 0;
+    const bool owner = p->summary_key.data && u.h % (p->Hq / p->summary_key.heads) == 0;
     if (p->stages == CMB_SUMMARIZE && owner && !head.weighted)
-        run->stage->copy_region_keys(&head, run->R, head_of(p, &p->summary_key, run->stage->size, b, h));
+        run->stage->copy_region_keys(&head, head.R, regions(run, &p->summary_key, &u, NULL, 0));
 }
 
 static void forward(schedule *run) {
@@ -393,55 +478,56 @@ static void clear(const schedule *run, cmb_rows rows, int64_t n, int64_t dim, in
 }
 
 /* Where a head's gradients go; those that query heads of a group share are cleared by the first of them. */
-static void begin_gradients(const schedule *run, cmb_head *head, const tables *t, int64_t b, int64_t h, int worker) {
+static void begin_gradients(const schedule *run, cmb_head *head, const tables *t, const unit *u, int worker) {
     const cmb_problem *p = run->problem;
     const cmb_gradients *g = run->gradients;
     const cmb_stage_table *stage = run->stage;
-    const int64_t R = run->R, group = p->Hq / p->Hk;
-    const bool summarize = p->stages & CMB_SUMMARIZE, first = h % group == 0;
-    const cmb_rows nothing = {NULL, 0};
-    head->grad.query = head_of(p, &g->query, stage->size, b, h);
-    head->grad.key = head_of(p, &g->key, stage->size, b, h);
-    head->grad.value = head_of(p, &g->value, stage->size, b, h);
-    head->grad.out = head_of(p, &g->out, stage->size, b, h);
-    head->grad.lse = head_of(p, &g->lse, stage->size, b, h);
-    clear(run, head->grad.query, p->L, p->D, worker);
+    const int64_t R = head->R, group = p->Hq / p->Hk;
+    const bool summarize = p->stages & CMB_SUMMARIZE, first = u->h % group == 0;
+    head->grad.query = positions(run, &g->query, u);
+    head->grad.key = positions(run, &g->key, u);
+    head->grad.value = positions(run, &g->value, u);
+    head->grad.out = positions(run, &g->out, u);
+    head->grad.lse = positions(run, &g->lse, u);
+    clear(run, head->grad.query, head->L, p->D, worker);
     if (first) {
-        clear(run, head->grad.key, p->L, p->D, worker);
-        clear(run, head->grad.value, p->L, p->Dv, worker);
+        clear(run, head->grad.key, head->L, p->D, worker);
+        clear(run, head->grad.value, head->L, p->Dv, worker);
     }
+    const cmb_rows summary_key = regions(run, &g->summary_key, u, NULL, 0);
+    const cmb_rows summary_value = regions(run, &g->summary_value, u, NULL, 0);
     if (!summarize) {
-        head->grad.region_key = head_of(p, &g->summary_key, stage->size, b, h);
-        head->grad.region_value = head_of(p, &g->summary_value, stage->size, b, h);
+        head->grad.region_key = summary_key;
+        head->grad.region_value = summary_value;
         if (first || p->summary_key.heads == p->Hq)
             clear(run, head->grad.region_key, R, p->D, worker);
         clear(run, head->grad.region_value, R, p->Dv, worker);
         return;
     }
-    const bool given_key = p->region_key.data != NULL;
-    const bool shared_key = given_key && !first && p->region_key.heads != p->Hq;
+    const bool shared_key = p->region_key.data && !first && p->region_key.heads != p->Hq;
     /* A summary_key of Hk heads is one thing to a group, so its gradient enters once. */
-    const bool enters = g->summary_key.data && h % (p->Hq / g->summary_key.heads) == 0;
-    head->grad.region_query =
-        p->region_query.data ? head_of(p, &g->region_query, stage->size, b, h) : dense(t->query_grad, p->D);
-    head->grad.region_key = given_key ? head_of(p, &g->region_key, stage->size, b, h) : dense(t->key_grad, p->D);
+    const bool enters = g->summary_key.data && u->h % (p->Hq / g->summary_key.heads) == 0;
+    const cmb_array absent = {0};
+    head->grad.region_query = regions(run, p->region_query.data ? &g->region_query : &absent, u, t->query_grad, p->D);
+    head->grad.region_key = regions(run, p->region_key.data ? &g->region_key : &absent, u, t->key_grad, p->D);
     head->grad.region_value = dense(t->value_grad, p->Dv);
     clear(run, head->grad.region_query, R, p->D, worker);
-    stage->begin_gradient(R, head->region_lse, enters ? head_of(p, &g->summary_key, stage->size, b, h) : nothing, p->D,
-                          head->grad.region_key, shared_key);
-    stage->begin_gradient(R, head->region_lse, head_of(p, &g->summary_value, stage->size, b, h), p->Dv,
-                          head->grad.region_value, false);
+    stage->begin_gradient(R, head->region_lse, enters ? summary_key : dense(NULL, 0), p->D, head->grad.region_key,
+                          shared_key);
+    stage->begin_gradient(R, head->region_lse, summary_value, p->Dv, head->grad.region_value, false);
 }
 
-static void backward_unit(void *context, int64_t unit, int worker) {
+static void backward_unit(void *context, int64_t index, int worker) {
     const schedule *run = context;
     const cmb_problem *p = run->problem;
-    const int64_t b = unit / p->Hk, hk = unit % p->Hk, group = p->Hq / p->Hk;
+    const int64_t group = p->Hq / p->Hk;
     const tables *t = &run->table[worker];
     cmb_scratch *scratch = run->scratch[worker];
-    for (int64_t h = hk * group; h < (hk + 1) * group; h++) {
-        cmb_head head = make_head(run, t, b, h);
-        begin_gradients(run, &head, t, b, h, worker);
+    unit u = unit_of(run, index, p->Hk);
+    const int64_t end = (u.h + 1) * group;
+    for (u.h *= group; u.h < end; u.h++) {
+        cmb_head head = make_head(run, t, &u);
+        begin_gradients(run, &head, t, &u, worker);
         clear_counts(&head);
         for (int32_t task = 0; task < head.plan->tasks && !cmb_cancelled(run->cancel, worker); task++)
             run->stage->pool(&head, task, scratch);

@@ -19,6 +19,14 @@
 
 enum { CMB_GROUP = 16 }; /* lanes that masks and windows are counted in */
 
+/* Which weights of one head fall (combiner.h): those with 24 random bits below `threshold`. */
+typedef struct {
+    uint32_t threshold; /* 0: none */
+    double factor;      /* of the others; 0 where all fall */
+    uint32_t head, batch, row;
+    uint64_t seed;
+} cmb_dropout;
+
 #define CMB_DECLARE_KERNELS(REAL, SUFFIX)                                                                              \
     typedef struct {                                                                                                   \
         /* packed[d * width + lane] = scale * row[lane][d], and 0 for lanes in [n, width). */                          \
@@ -42,6 +50,12 @@ enum { CMB_GROUP = 16 }; /* lanes that masks and windows are counted in */
         /* The same two for one query, its rows side by side: s[0..n); s has room for n rounded up to 16. */           \
         REAL (*row_softmax)(int64_t n, REAL *s, REAL *m, REAL *l);                                                     \
         void (*row_softmax_backward)(int64_t n, REAL *s, REAL *dp, REAL lse2, REAL delta, REAL scale);                 \
+        /* keep[i * width + lane] = the factor of table row row[i]'s weight for query[lane], or 0: width is 1 or as    \
+         * above. */                                                                                                   \
+        void (*dropout)(int64_t n, const uint32_t *row, int width, const uint32_t *query, const cmb_dropout *dropout,  \
+                        REAL *keep);                                                                                   \
+        /* x[0..n) *= factor[0..n) */                                                                                  \
+        void (*multiply)(int64_t n, const REAL *factor, REAL *x);                                                      \
         /* x[0..n) *= factor; y = x / divisor; whether all of x is finite. */                                          \
         void (*scale)(int64_t n, REAL *x, REAL factor);                                                                \
         void (*divide)(int64_t n, const REAL *x, REAL divisor, REAL *y);                                               \

@@ -365,6 +365,58 @@ static bool K(softmax_backward)(int64_t n, REAL *s, REAL *dp, int width, const u
     return finite;
 }
 
+/* ---- dropout ------------------------------------------------------------------------------------ */
+
+/* The four words of Philox4x32-10 (Salmon et al., SC 2011) for one counter and CMB_GROUP others that differ from it in
+ * their second word. Plain loops: every compiler makes vectors of them. */
+INLINE void K(philox)(uint32_t first, const uint32_t *second, const cmb_dropout *d, uint32_t x[4][CMB_GROUP]) {
+    uint32_t key[2] = {(uint32_t)d->seed, (uint32_t)(d->seed >> 32)};
+    for (int t = 0; t < CMB_GROUP; t++) {
+        x[0][t] = first;
+        x[1][t] = second[t];
+        x[2][t] = d->head;
+        x[3][t] = d->batch;
+    }
+    for (int round = 0; round < 10; round++) {
+        for (int t = 0; t < CMB_GROUP; t++) {
+            const uint64_t a = UINT64_C(0xD2511F53) * x[0][t], b = UINT64_C(0xCD9E8D57) * x[2][t];
+            const uint32_t one = x[1][t], three = x[3][t];
+            x[0][t] = (uint32_t)(b >> 32) ^ one ^ key[0];
+            x[1][t] = (uint32_t)b;
+            x[2][t] = (uint32_t)(a >> 32) ^ three ^ key[1];
+            x[3][t] = (uint32_t)a;
+        }
+        key[0] += 0x9E3779B9;
+        key[1] += 0xBB67AE85;
+    }
+}
+
+static void K(dropout)(int64_t n, const uint32_t *row, int width, const uint32_t *query, const cmb_dropout *dropout,
+                       REAL *keep) {
+    const REAL factor = (REAL)dropout->factor;
+    for (int lane = 0; lane < width; lane += CMB_GROUP) {
+        const int lanes = width - lane < CMB_GROUP ? width - lane : CMB_GROUP;
+        uint32_t second[CMB_GROUP] = {0}, x[4][CMB_GROUP];
+        for (int t = 0; t < lanes; t++)
+            second[t] = query[lane + t];
+        for (int64_t i = 0; i < n; i++) {
+            const uint32_t at = row[i] + dropout->row;
+            if (i == 0 || at / 4 != (row[i - 1] + dropout->row) / 4) /* neighbouring rows share a counter */
+                K(philox)(at / 4, second, dropout, x);
+            for (int t = 0; t < lanes; t++)
+                keep[i * width + lane + t] = x[at % 4][t] >> 8 >= dropout->threshold ? factor : 0;
+        }
+    }
+}
+
+static void K(multiply)(int64_t n, const REAL *factor, REAL *x) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        store(x + i, load(x + i) * load(factor + i));
+    if (i < n)
+        store_part(x + i, load_part(x + i, (int)(n - i)) * load_part(factor + i, (int)(n - i)), (int)(n - i));
+}
+
 /* ---- elementwise -------------------------------------------------------------------------------- */
 
 static void K(scale)(int64_t n, REAL *x, REAL factor) {
@@ -447,6 +499,8 @@ const NAME2(cmb_kernels, SUFFIX) NAME3(cmb_kernels_, ISA, SUFFIX) = {
     .softmax_backward = K(softmax_backward),
     .row_softmax = K(row_softmax),
     .row_softmax_backward = K(row_softmax_backward),
+    .dropout = K(dropout),
+    .multiply = K(multiply),
     .scale = K(scale),
     .divide = K(divide),
     .finite = K(finite),

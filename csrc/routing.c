@@ -172,9 +172,9 @@ cmb_status cmb_plan_routing(int64_t L, const int64_t *cluster, const cmb_plan_op
         return status;
     routing r = {.build = &build, .L = L, .cluster = cluster};
     for (int64_t i = 0; i < L; i++) {
-        if (cluster[i] < 0 || cluster[i] >= L)
-            return cmb_fail(error, CMB_ERR_VALUE, "clusters must lie between 0 and %lld, got %lld at position %lld",
-                            (long long)L - 1, (long long)cluster[i], (long long)i);
+        if (cluster[i] < 0 || cluster[i] >= INT64_C(1) << 30)
+            return cmb_fail(error, CMB_ERR_VALUE, "clusters must lie between 0 and 2^30 - 1, got %lld at position %lld",
+                            (long long)cluster[i], (long long)i);
         r.C = cluster[i] >= r.C ? cluster[i] + 1 : r.C;
     }
     status = cmb_build_begin(&build, L, options->sparse ? 0 : options->is_causal ? L : r.C, 0, options, error);

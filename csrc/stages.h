@@ -3,6 +3,7 @@
 #ifndef CMB_STAGES_H
 #define CMB_STAGES_H
 
+#include "kernels.h"
 #include "runtime.h"
 
 /* One head of a cmb_array: row x is at element x * row of data. */
@@ -11,12 +12,14 @@ typedef struct {
     int64_t row;
 } cmb_rows;
 
-/* One query head of a problem. Region tables have rows 0..R-1 for table rows L..L+R-1. */
+/* One query head of one segment of a problem. Region tables have rows 0..R-1 for table rows L..L+R-1. */
 typedef struct {
     const cmb_plan *plan;
     cmb_stages stages;
     int64_t L, D, Dv;
+    int64_t R; /* rows of the region tables, of which the plan may use fewer */
     double scale;
+    cmb_dropout dropout;
     const uint8_t *key_mask; /* NULL: every key takes part */
     int64_t mask_row;
 
@@ -54,7 +57,8 @@ typedef struct {
     size_t size; /* of one element */
     /* Takes a scratch from the arena (NULL while measuring) for plans of at most N scratch rows and
      * `children` children of a pool. */
-    cmb_scratch *(*scratch)(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t children, bool backward);
+    cmb_scratch *(*scratch)(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t children, bool dropout,
+                            bool backward);
     void (*pool)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
     void (*pool_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
     void (*tiles)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_cancel *cancel, int worker);

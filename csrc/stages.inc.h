@@ -3,9 +3,9 @@
  * The two stages, for one type (REAL, SUFFIX): pooling, and the tile, forward and backward. A tile packs its
  * queries once (times scale * log2 e, so that softmax is 2^x), then takes its rows a chunk at a time:
  *
- *   forward    S = K Q^T, online softmax, O += P^T V
- *   backward   S = K Q^T, dP = V dO^T, P = 2^(S - lse), dS = P (dP - delta) scale,
- *              dV += P dO, dK += dS Q, dQ += dS^T K          delta = rowsum(dO * O) - dlse
+ *   forward    S = K Q^T, online softmax, O += (M P)^T V          M: dropout's factors, 1 without
+ *   backward   S = K Q^T, dP = M (V dO^T), P = 2^(S - lse), dS = P (dP - delta) scale,
+ *              dV += M P dO, dK += dS Q, dQ += dS^T K        delta = rowsum(dO * O) - dlse
  *
  * S is [rows][lanes]. Where masks leave lanes out, products skip the 16-lane groups (S) and 4-lane groups
  * (sums over rows) that a block of rows does not see. What is masked contributes exactly 0, unless a
@@ -56,6 +56,8 @@ struct cmb_scratch {
     const REAL **key, **value, **list; /* [CHUNK] */
     uint64_t *lanes;                   /* [CHUNK] */
     double *bias;                      /* [CHUNK] log2 of a region's size */
+    uint32_t *row;                     /* [CHUNK] table rows */
+    REAL *keep;                        /* [CHUNK][64] dropout's factors */
 
     REAL *packed_grad, *packed_key_grad; /* [Dv][64], [D][64] */
     REAL *dp;                            /* [CHUNK][64] */
@@ -71,7 +73,8 @@ struct cmb_scratch {
     REAL *weight;                          /* [children] */
 };
 
-static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t children, bool backward) {
+static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t children, bool dropout,
+                                 bool backward) {
     cmb_scratch s = {.backward = backward, .N = N};
     cmb_scratch *scratch = cmb_take(arena, 1, sizeof s);
     const size_t r = sizeof(REAL), p = sizeof(void *), d = (size_t)D, dv = (size_t)Dv, n = (size_t)N,
@@ -90,6 +93,8 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
     s.list = cmb_take(arena, CHUNK, p);
     s.lanes = cmb_take(arena, CHUNK, sizeof(uint64_t));
     s.bias = cmb_take(arena, CHUNK, sizeof(double));
+    s.row = cmb_take(arena, CHUNK, sizeof(uint32_t));
+    s.keep = cmb_take(arena, dropout ? CHUNK * WIDEST : 0, r);
     s.pool_query = cmb_take(arena, n, d * r);
     s.pool_key = cmb_take(arena, n, d * r);
     s.count = cmb_take(arena, n, sizeof(int32_t));
@@ -313,6 +318,7 @@ typedef struct {
     int n;             /* lanes */
     bool regions;      /* its queries are regions: summarising */
     bool weighted;     /* and their keys are sums too */
+    bool dropout;      /* some of its weights fall */
     uint64_t all;      /* lanes that take part at all */
     int32_t run, next; /* where the gathering stands */
     bool masked;       /* of the chunk gathered last: some lane does not see some row */
@@ -323,6 +329,7 @@ static tile_state begin_tile(const cmb_head *head, const cmb_tile *tile) {
     tile_state t = {.tile = tile, .n = tile->query.count, .run = tile->run};
     t.regions = element(head->plan, tile->query, 0) >= head->L;
     t.weighted = t.regions && head->weighted;
+    t.dropout = !t.regions && head->dropout.factor != 1;
     t.all = t.n == 64 ? ~UINT64_C(0) : (UINT64_C(1) << t.n) - 1;
     if (t.regions && !head->all_live)
         for (int i = 0; i < t.n; i++)
@@ -354,6 +361,7 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
                 w->key[n + i] = at(head->key, x + run->row.step * i);
                 w->value[n + i] = at(head->value, x + run->row.step * i);
                 w->bias[n + i] = 0;
+                w->row[n + i] = (uint32_t)(x + run->row.step * i);
                 w->lanes[n + i] = mask ? mask[t->next + i] & t->all : t->all;
             }
             for (int i = 0; w->backward && i < taken; i++) {
@@ -370,6 +378,7 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
                 const int64_t r = x - head->L;
                 w->key[n] = key_row(head, x);
                 w->value[n] = value_row(head, x);
+                w->row[n] = (uint32_t)x;
                 w->bias[n] = plan->size_bias && r >= 0 ? log2((double)head->count[r]) : 0;
                 w->lanes[n] = mask ? mask[t->next] & t->all : t->all;
                 if (w->backward) {
@@ -394,6 +403,18 @@ static void add_bias(const cmb_head *head, const tile_state *t, int lanes, cmb_s
         if (w->bias[i] != 0)
             for (int lane = 0; lane < lanes; lane++)
                 w->s[i * lanes + lane] += (REAL)w->bias[i];
+}
+
+/* Which of the chunk's weights stay, as factors in w->keep. */
+static void draw_dropout(const cmb_head *head, const tile_state *t, int width, cmb_scratch *w) {
+    uint32_t query[WIDEST] = {0};
+    for (int lane = 0; lane < t->n; lane++)
+        query[lane] = (uint32_t)element(head->plan, t->tile->query, lane);
+    w->kernel->dropout(t->rows, w->row, width, query, &head->dropout, w->keep);
+}
+
+static void drop(const tile_state *t, int width, REAL *x, cmb_scratch *w) {
+    w->kernel->multiply(t->rows * width, w->keep, x);
 }
 
 /* The 16-lane groups [*from, *to) that some row of [i, end) is seen by. */
@@ -602,6 +623,10 @@ static void lane_tile(const cmb_head *head, const cmb_tile *tile, bool exact, cm
         }
         for (int i = 0; i < t.rows; i++)
             seen |= w->lanes[i];
+        if (t.dropout) {
+            draw_dropout(head, &t, w->width, w);
+            drop(&t, w->width, w->s, w);
+        }
         lane_sums(&t, w->s, w->value, head->Dv, w->lane_out, exact, w);
         if (t.weighted) {
             REAL *key_sum[WIDEST];
@@ -626,6 +651,7 @@ static int visible_rows(const tile_state *t, cmb_scratch *w) {
             w->key[n] = w->key[i];
             w->value[n] = w->value[i];
             w->bias[n] = w->bias[i];
+            w->row[n] = w->row[i];
             if (w->backward) {
                 w->dkey[n] = w->dkey[i];
                 w->dvalue[n] = w->dvalue[i];
@@ -658,6 +684,10 @@ static void row_tile(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w,
         const REAL alpha = w->kernel->row_softmax(t.rows, w->s, &m, &l);
         if (started && alpha != 1)
             w->kernel->scale(head->Dv + (t.weighted ? head->D : 0), sum, alpha);
+        if (t.dropout) {
+            draw_dropout(head, &t, 1, w);
+            drop(&t, 1, w->s, w);
+        }
         w->kernel->product(1, head->Dv, t.rows, &s, 1, w->value, &sum, 0, true);
         if (t.weighted)
             w->kernel->product(1, head->D, t.rows, &s, 1, w->key, &key_sum, 0, true);
@@ -739,10 +769,16 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
         row_products(&t, w->value, head->Dv, w->packed_grad, w->dp, false, true, w);
         if (t.weighted)
             row_products(&t, w->key, head->D, w->packed_key_grad, w->dp, true, false, w);
+        if (t.dropout) {
+            draw_dropout(head, &t, w->width, w);
+            drop(&t, w->width, w->dp, w);
+        }
         bool finite = true;
         for (int lane = 0; lane < w->width; lane += CMB_GROUP)
             finite &= w->kernel->softmax_backward(t.rows, w->s, w->dp, w->width, t.masked ? w->lanes : NULL, lane, lse2,
                                                   delta, (REAL)head->scale);
+        if (t.dropout)
+            drop(&t, w->width, w->s, w);
         row_sums(&t, w->s, w->grad_in, head->Dv, w->dvalue, !finite, w);
         if (t.weighted)
             row_sums(&t, w->s, w->key_grad_in, head->D, w->dkey, !finite, w);
@@ -780,7 +816,13 @@ static void row_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_sc
             for (int i = 0; i < t.rows; i++)
                 w->dp[i] += more[i];
         }
+        if (t.dropout) {
+            draw_dropout(head, &t, 1, w);
+            drop(&t, 1, w->dp, w);
+        }
         w->kernel->row_softmax_backward(t.rows, w->s, w->dp, lse2, delta, (REAL)head->scale);
+        if (t.dropout)
+            drop(&t, 1, w->s, w);
         w->kernel->product(t.rows, head->Dv, 1, p_at, 0, w->grad_in, w->dvalue, 0, true);
         if (t.weighted)
             w->kernel->product(t.rows, head->D, 1, p_at, 0, w->key_grad_in, w->dkey, 0, true);

@@ -63,6 +63,8 @@ OPTIONS = (
     {"given": "query key"},
     {"given": "key", "masked": 0.3},
     {"pooling": "mean", "given": "query", "scale": 0.3},
+    {"dropout_p": 0.3},
+    {"dropout_p": 0.5, "masked": 0.3, "size_bias": True},
 )
 
 
@@ -83,6 +85,7 @@ class Case:
     masked: float = 0.0
     given: str = ""
     scale: float | None = None
+    dropout_p: float = 0.0
 
     def __str__(self) -> str:
         text = f"{self.pattern}-L{self.L}-B{self.B}H{self.Hq}.{self.Hk}D{self.D}.{self.Dv}"
@@ -92,6 +95,7 @@ class Case:
             "bias" * self.size_bias,
             "masked" * bool(self.masked),
             self.given,
+            "dropout" * bool(self.dropout_p),
         ]
         return "-".join([text, *(word.replace(" ", "+") for word in words if word)])
 
@@ -136,6 +140,16 @@ class Problem:
     grad_out: np.ndarray
     grad_lse: np.ndarray
 
+    @property
+    def of_summarize(self) -> dict:
+        """The options that stage 1 takes."""
+        return {name: x for name, x in self.options.items() if name not in ("dropout_p", "seed")}
+
+    @property
+    def of_attend(self) -> dict:
+        """The options that stage 2 takes."""
+        return {name: x for name, x in self.options.items() if not name.startswith("region")}
+
     def as_type(self, dtype: type) -> Problem:
         def cast(x):
             return x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype != bool else x
@@ -164,6 +178,8 @@ def draw(rng: np.random.Generator, pattern, case: Case, **flags) -> Problem:
 
     B, Hq, Hk, L, D, Dv = case.B, case.Hq, case.Hk, case.L, case.D, case.Dv
     options = {"is_causal": case.is_causal, "scale": case.scale, **flags}
+    if case.dropout_p:
+        options |= {"dropout_p": case.dropout_p, "seed": 2**60 + case.L}
     if case.masked:
         options["key_mask"] = rng.random((B, L)) >= case.masked
     if "query" in case.given:
@@ -225,12 +241,15 @@ class Judge:
         self.lse, heads = self.saved["lse"], self.saved["heads"]
         self.S = heads.write(heads.Hq, (heads.L,), _largest_logits)
         self.S_terms = heads.write(heads.Hq, (heads.L,), lambda head: _largest_logits(head, np.abs))
-        depth = [0] * heads.L
-        for members in heads.parts.members:
-            depth.append(1 + max((depth[t] for t in members), default=0))
-        self.stages = 1 + max(depth, default=0)
+        self.stages = 1
+        for parts in heads.parts.values():
+            depth = [0] * heads.L
+            for members in parts.members:
+                depth.append(1 + max((depth[t] for t in members), default=0))
+            self.stages = max(self.stages, 1 + max(depth, default=0))
         value = np.repeat(problem.inputs[2], heads.Hq // heads.Hk, axis=1)
-        self.spread = heads.write(heads.Hq, (heads.L, heads.L), lambda head: head.weights()) @ np.abs(value)
+        self.kept = 1 / (1 - problem.options.get("dropout_p", 0))  # the largest factor of a weight
+        self.spread = self.kept * heads.write(heads.Hq, (heads.L, heads.L), lambda head: head.weights()) @ np.abs(value)
 
     @functools.cached_property
     def gradients(self) -> reference.Gradients:
@@ -253,9 +272,10 @@ class Judge:
             within_lse = 1e-10 * (1 + np.abs(self.lse))
         else:
             within = self.stages * (8 + 8 * self.S[..., None]) * 2.0**-24 * self.spread + 2.0**-126
-            dense = max(2, self.stages) * self.dense_error[0] + 2.0**-22 * _largest(self.problem.inputs[2])
+            dense = self.kept * max(2, self.stages) * self.dense_error[0] + 2.0**-22 * _largest(self.problem.inputs[2])
             within = np.minimum(within, dense)
-            within_lse = (8 + 8 * self.S_terms) * 2.0**-24
+            size = np.abs(np.where(np.isfinite(self.lse), self.lse, 0))  # it is rounded to its own size
+            within_lse = (8 + 8 * self.S_terms + size) * 2.0**-24
         close(out, self.out, within, "out")
         if lse is not None:
             close(lse, self.lse, within_lse, "lse")
@@ -268,11 +288,11 @@ class Judge:
         )
         D, Dv = self.problem.inputs[0].shape[-1], self.problem.inputs[2].shape[-1]
         scale = D**-0.5 if self.problem.options["scale"] is None else self.problem.options["scale"]
-        grad_p = _largest(self.problem.grad_out) * v * Dv**0.5 + _largest(self.problem.grad_lse)
+        grad_p = self.kept * _largest(self.problem.grad_out) * v * Dv**0.5 + _largest(self.problem.grad_lse)
         sizes = (
             scale * grad_p * k,
             scale * grad_p * q,
-            _largest(self.problem.grad_out),
+            self.kept * _largest(self.problem.grad_out),
             scale * grad_p * k,
             scale * grad_p * q,
         )
@@ -287,7 +307,7 @@ class Judge:
             if actual.dtype == np.float64:
                 within = 1e-10 * max(size, 1)
             else:
-                within = max(2, self.stages) * error + (8 + 8 * self.S.max(initial=0)) * 2.0**-24 * size
+                within = self.kept * max(2, self.stages) * error + (8 + 8 * self.S.max(initial=0)) * 2.0**-24 * size
             close(actual, expected, within, f"gradient of {name}")
 
 

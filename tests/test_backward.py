@@ -24,9 +24,9 @@ def test_attention(case):
 @pytest.mark.parametrize("case", STAGED, ids=str)
 def test_stages(rng, case):
     p = problem(case)
-    rest = {name: x for name, x in p.options.items() if not name.startswith("region")}
-    summary, saved = combiner.summarize_forward(*p.inputs, p.pattern, **p.options)
-    _, exact = reference.summarize_forward(*p.inputs, p.pattern, **p.options)
+    rest = p.of_attend
+    summary, saved = combiner.summarize_forward(*p.inputs, p.pattern, **p.of_summarize)
+    _, exact = reference.summarize_forward(*p.inputs, p.pattern, **p.of_summarize)
     cotangents = [rng.standard_normal(x.shape) for x in summary[:2]]
     for given in (cotangents, [cotangents[0], None], [None, cotangents[1]]):
         agree(combiner.summarize_backward(*given, saved), reference.summarize_backward(*given, exact))

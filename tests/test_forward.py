@@ -25,9 +25,9 @@ def test_attention(case):
 @pytest.mark.parametrize("case", STAGED, ids=str)
 def test_stages(case):
     p = problem(case)
-    rest = {name: x for name, x in p.options.items() if not name.startswith("region")}
-    expected = reference.summarize(*p.inputs, p.pattern, **p.options)
-    summary = combiner.summarize(*p.inputs, p.pattern, **p.options)
+    rest = p.of_attend
+    expected = reference.summarize(*p.inputs, p.pattern, **p.of_summarize)
+    summary = combiner.summarize(*p.inputs, p.pattern, **p.of_summarize)
     for name, actual, exact in zip(summary._fields, summary, expected, strict=True):
         close(actual, exact, 1e-10 * (1 + np.abs(np.where(np.isfinite(exact), exact, 0)).max(initial=0)), name)
     whole = Judge(p)
@@ -40,10 +40,10 @@ def test_stages(case):
 @pytest.mark.parametrize("case", STAGED, ids=str)
 def test_attention_weights(case):
     p = problem(case)
-    expected = reference.attention_weights(*p.inputs[:2], p.pattern, **p.options)
-    close(combiner.attention_weights(*p.inputs[:2], p.pattern, **p.options), expected, 1e-12, "weights")
+    expected = reference.attention_weights(*p.inputs[:2], p.pattern, **p.of_summarize)
+    close(combiner.attention_weights(*p.inputs[:2], p.pattern, **p.of_summarize), expected, 1e-12, "weights")
     p = p.as_type(np.float32)
-    close(combiner.attention_weights(*p.inputs[:2], p.pattern, **p.options), expected, 1e-4, "weights")
+    close(combiner.attention_weights(*p.inputs[:2], p.pattern, **p.of_summarize), expected, 1e-4, "weights")
 
 
 @pytest.mark.parametrize("dtype", (np.float32, np.float64))

@@ -30,12 +30,12 @@ def check(problem, plan) -> None:
         out, saved = combiner.attention_forward(*p.inputs, plan, **p.options)
         judge.accepts_forward(out)
         judge.accepts_backward(combiner.attention_backward(p.grad_out, saved, grad_lse=p.grad_lse))
-        summary = combiner.summarize(*p.inputs, plan, **p.options)
-        expected = combiner.reference.summarize(*p.inputs, problem.pattern, **p.options)
+        summary = combiner.summarize(*p.inputs, plan, **p.of_summarize)
+        expected = combiner.reference.summarize(*p.inputs, problem.pattern, **p.of_summarize)
         for name, x, exact in zip(summary._fields, summary, expected, strict=True):
             size = 1 + np.abs(np.where(np.isfinite(exact), exact, 0)).max(initial=0)
             close(x, exact, (1e-10 if dtype == np.float64 else 1e-4) * size, f"summary {name}")
-        rest = {name: x for name, x in p.options.items() if not name.startswith("region")}
+        rest = p.of_attend
         judge.accepts_forward(*combiner.attend(*p.inputs, *summary[:2], plan, return_lse=True, **rest))
 
 

@@ -68,7 +68,7 @@ def test_finite_differences(rng, is_causal, flags):
     problem = random_problem(rng, is_causal, flags)
     inputs = dict(zip(("query", "key", "value"), problem.inputs, strict=True))
     given = {name: x for name, x in problem.options.items() if name.startswith("region")}
-    rest = {name: x for name, x in problem.options.items() if not name.startswith("region")}
+    rest = problem.of_attend
 
     def loss(**inputs) -> float:
         out, lse = reference.attention(pattern=problem.pattern, return_lse=True, **inputs, **rest)
@@ -88,7 +88,7 @@ def test_finite_differences_of_the_stages(rng, is_causal, flags):
     problem = random_problem(rng, is_causal, flags)
     inputs = dict(zip(("query", "key", "value"), problem.inputs, strict=True))
     given = {name: x for name, x in problem.options.items() if name.startswith("region")}
-    rest = {name: x for name, x in problem.options.items() if not name.startswith("region")}
+    rest = problem.of_attend
     summary, saved = reference.summarize_forward(pattern=problem.pattern, **inputs, **given, **rest)
     weights = [rng.standard_normal(x.shape) for x in summary[:2]]
 
@@ -122,8 +122,8 @@ def test_stages_compose(rng, is_causal, flags):
     problem = random_problem(rng, is_causal, flags)
     out, saved = reference.attention_forward(*problem.inputs, problem.pattern, **problem.options)
     whole = reference.attention_backward(problem.grad_out, saved)
-    rest = {name: x for name, x in problem.options.items() if not name.startswith("region")}
-    summary, saved_summary = reference.summarize_forward(*problem.inputs, problem.pattern, **problem.options)
+    rest = problem.of_attend
+    summary, saved_summary = reference.summarize_forward(*problem.inputs, problem.pattern, **problem.of_summarize)
     again, saved = reference.attend_forward(*problem.inputs, *summary[:2], problem.pattern, **rest)
     np.testing.assert_array_equal(again, out)
     attended = reference.attend_backward(problem.grad_out, saved)
@@ -142,7 +142,7 @@ def test_weights(rng, is_causal, flags):
     problem = random_problem(rng, is_causal, flags)
     q, k, v = problem.inputs
     out, lse = reference.attention(q, k, v, problem.pattern, return_lse=True, **problem.options)
-    W = reference.attention_weights(q, k, problem.pattern, **problem.options)
+    W = reference.attention_weights(q, k, problem.pattern, **problem.of_summarize)
     np.testing.assert_allclose(W @ np.repeat(v, 2, axis=1), out, rtol=0, atol=1e-13)
     np.testing.assert_allclose(W.sum(-1), np.isfinite(lse), rtol=0, atol=1e-13)
     assert (W >= 0).all()

@@ -897,6 +897,59 @@ static void absent_gradients(void) {
     free_fixture(g);
 }
 
+/* Packed sequences are in every bit what each is alone: here the second has its arrays begin where it does. */
+static void packed(void) {
+    enum { AT = 35 };
+    request asked = small;
+    asked.pattern = FIXED;
+    asked.span = 7;
+    asked.L = 91; /* 13 regions: 5 and 8 */
+    for (int kind = 0; kind < 4; kind++) {
+        asked.dtype = kind & 1 ? CMB_FLOAT64 : CMB_FLOAT32;
+        asked.masked = kind & 2;
+        asked.given_key = kind == 3 ? asked.Hk : 0;
+        asked.options.is_causal = kind > 0;
+        fixture *whole = new_fixture(asked), *parts = new_fixture(asked);
+        CASE("packed %d", kind);
+        request one = asked, two = asked;
+        one.L = AT;
+        two.L = asked.L - AT;
+        cmb_plan *plan[] = {new_plan(&one), new_plan(&two)};
+        const int64_t segment[] = {0, AT, asked.L};
+        whole->problem.segments = 2;
+        whole->problem.segment = segment;
+        whole->problem.plan = (const cmb_plan *const *)plan;
+        whole->problem.plans = 2;
+        parts->problem.dropout_p = whole->problem.dropout_p = kind ? 0.25 : 0;
+        forward(whole);
+        backward(whole);
+        for (int s = 0; s < 2; s++) {
+            cmb_problem p = parts->problem;
+            cmb_gradients g = parts->gradients;
+            const int64_t at = segment[s], region = s ? plan[0]->R : 0;
+            cmb_array *const of_positions[] = {&p.query, &p.key, &p.value, &p.out, &p.lse,
+                                               &g.out,   &g.lse, &g.query, &g.key, &g.value};
+            cmb_array *const of_regions[] = {&p.region_key, &p.summary_value, &p.summary_lse, &g.region_key};
+            for (size_t n = 0; n < sizeof of_positions / sizeof *of_positions; n++)
+                of_positions[n]->data = element(parts, of_positions[n], 0, 0, at, 0);
+            for (size_t n = 0; n < sizeof of_regions / sizeof *of_regions; n++)
+                if (of_regions[n]->data)
+                    of_regions[n]->data = element(parts, of_regions[n], 0, 0, region, 0);
+            p.L = segment[s + 1] - at;
+            p.plan = (const cmb_plan *const *)&plan[s];
+            p.key_mask = p.key_mask ? p.key_mask + at : NULL;
+            cmb_error error = {0};
+            CHECK(cmb_forward(&p, NULL, &error) == CMB_OK, "%s", error.message);
+            CHECK(cmb_backward(&p, &g, NULL, &error) == CMB_OK, "%s", error.message);
+        }
+        check_same_results(whole, parts);
+        cmb_plan_free(plan[0]);
+        cmb_plan_free(plan[1]);
+        free_fixture(whole);
+        free_fixture(parts);
+    }
+}
+
 /* ---- errors ------------------------------------------------------------------------------------- */
 
 static void expect(const fixture *f, bool is_backward, cmb_status status, const char *words) {
@@ -943,6 +996,16 @@ static void wrong_arguments(void) {
     WRONG(false, VALUE, "Hq must be", p->Hq = -4);
     WRONG(false, VALUE, "Hk must be", p->Hk = -2);
     WRONG(false, VALUE, "L must be between 0 and", p->L = -1);
+    WRONG(false, VALUE, "dropout_p must be between 0 and 1, got -0.5", p->dropout_p = -0.5);
+    WRONG(false, VALUE, "dropout_p must be between 0 and 1, got 1.5", p->dropout_p = 1.5);
+    WRONG(false, VALUE, "dropout_p must be between 0 and 1, got", p->dropout_p = NAN);
+    const int64_t late[] = {1, asked.L}, short_of[] = {0, asked.L - 1}, down[] = {0, 3, 2, asked.L};
+    WRONG(false, VALUE, "segments must be between 0 and 2^31 - 1, got -1", p->segment = late; p->segments = -1);
+    WRONG(false, VALUE, "and not decrease, got 1 at 0", p->segment = late; p->segments = 1);
+    WRONG(false, VALUE, "segment must run from 0 to 23 and not decrease, got 22 at 1", p->segment = short_of;
+          p->segments = 1);
+    WRONG(false, VALUE, "and not decrease, got 2 at 2", p->segment = down; p->segments = 3);
+    WRONG(false, VALUE, "and not decrease, got 0 at 0", p->segment = short_of; p->segments = 0);
     WRONG(false, VALUE, "L must be between 0 and", p->L = INT64_C(1) << 31);
     WRONG(false, VALUE, "D must be between 1 and 1024, got 0", p->D = 0);
     WRONG(false, VALUE, "D must be between 1 and 1024, got 1025", p->D = 1025);
@@ -954,8 +1017,8 @@ static void wrong_arguments(void) {
     WRONG(false, VALUE, "scale must be finite, got inf", p->scale = INFINITY);
     WRONG(false, OVERFLOW, "B * Hq * L", p->B = INT64_MAX);
     WRONG(false, OVERFLOW, "B * Hk does not", p->B = p->Hk = INT64_C(1) << 40; p->Hq = 0);
-    WRONG(false, VALUE, "plans must be 1 or B * Hk = 2, got 3", p->plans = 3);
-    WRONG(false, VALUE, "plans must be 1 or B * Hk = 2, got 0", p->plans = 0);
+    WRONG(false, VALUE, "plans must be 1 or B * Hk = 2, for each of 1 segments, got 3", p->plans = 3);
+    WRONG(false, VALUE, "plans must be 1 or B * Hk = 2, for each of 1 segments, got 0", p->plans = 0);
     WRONG(false, VALUE, "plan must be of length 22, got 23", p->L = 22);
 
     static const struct {
@@ -1337,6 +1400,7 @@ int main(int argc, char **argv) {
         TEST(instruction_sets),
         TEST(company),
         TEST(stages),
+        TEST(packed),
         TEST(absent_gradients),
         TEST(wrong_arguments),
         TEST(plans),

@@ -64,6 +64,17 @@ static int random_below(int n) { return (int)(random_bits() % (uint64_t)n); }
 
 static double uniform(double from, double to) { return from + (to - from) * ((double)(random_bits() >> 11) * 0x1p-53); }
 
+/* Philox4x32-10 as its authors write it: one counter, ten rounds, the key bumped between them. */
+static void philox(uint32_t word[4], const uint32_t key[2]) {
+    uint32_t k0 = key[0], k1 = key[1];
+    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9, k1 += 0xBB67AE85) {
+        const uint64_t a = (uint64_t)0xD2511F53 * word[0], c = (uint64_t)0xCD9E8D57 * word[2];
+        const uint32_t next[4] = {(uint32_t)(c >> 32) ^ word[1] ^ k0, (uint32_t)c, (uint32_t)(a >> 32) ^ word[3] ^ k1,
+                                  (uint32_t)a};
+        memcpy(word, next, sizeof next);
+    }
+}
+
 /* ---- fenced memory ------------------------------------------------------------------------------ */
 
 enum { SLOTS = 320, SLOT_BYTES = 64 << 10, CANARY_BYTES = 64, CANARY = 0xff }; /* a canary read as a number is NaN */
@@ -352,6 +363,7 @@ int main(int argc, char **argv) {
         BOTH(softmax_not_finite),
         BOTH(row_softmax),
         BOTH(row_softmax_backward),
+        BOTH(dropout),
         BOTH(scale_and_divide),
         BOTH(finite),
         BOTH(max_pool),

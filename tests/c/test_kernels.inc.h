@@ -410,6 +410,46 @@ static void T(row_softmax_backward)(void) {
     }
 }
 
+/* ---- dropout ------------------------------------------------------------------------------------ */
+
+static void T(check_dropout)(int n, int width, const cmb_dropout *dropout) {
+    CASE("dropout n %d width %d threshold %u", n, width, dropout->threshold);
+    uint32_t *row = take(n, sizeof *row), *query = take(width, sizeof *query);
+    for (int i = 0; i < n; i++) /* neighbours, and rows from anywhere */
+        row[i] = i && random_below(4) ? row[i - 1] + 1 : (uint32_t)random_bits();
+    for (int lane = 0; lane < width; lane++)
+        query[lane] = (uint32_t)random_bits();
+    for (int isa = 0; isa < cmb_isa_count(); isa++) {
+        REAL *keep = T(reals)((int64_t)n * width), *x = T(uniforms)((int64_t)n * width, -1, 1);
+        const REAL *before = T(copies)(x, (int64_t)n * width);
+        isas[isa].SUFFIX->dropout(n, row, width, query, dropout, keep);
+        isas[isa].SUFFIX->multiply((int64_t)n * width, keep, x);
+        for (int i = 0; i < n * width; i++) {
+            const uint32_t at = row[i / width] + dropout->row;
+            uint32_t word[4] = {at / 4, query[i % width], dropout->head, dropout->batch};
+            philox(word, (const uint32_t[]){(uint32_t)dropout->seed, (uint32_t)(dropout->seed >> 32)});
+            const REAL factor = word[at % 4] >> 8 < dropout->threshold ? 0 : (REAL)dropout->factor;
+            CHECK(T(same)(keep[i], factor) && T(same)(x[i], before[i] * factor), "%s [%d]: %s", isas[isa].name, i,
+                  context);
+        }
+    }
+    check_fence();
+}
+
+static void T(dropout)(void) {
+    for (int n = 0; n <= 40; n += 1 + n / 4)
+        for (int width = 0; width <= 64; width += 16)
+            for (int p = 0; p <= 4; p++)
+                T(check_dropout)
+    (n, width ? width : 1,
+     &(cmb_dropout){.threshold = (uint32_t)p << 22,
+                    .factor = p < 4 ? 4 / (4.0 - p) : 0,
+                    .head = (uint32_t)random_bits(),
+                    .batch = (uint32_t)random_bits(),
+                    .row = (uint32_t)random_bits(),
+                    .seed = random_bits()});
+}
+
 /* ---- elementwise -------------------------------------------------------------------------------- */
 
 static void T(scale_and_divide)(void) {
@@ -653,6 +693,12 @@ static void T(bench)(const KERNELS *kernel) {
         memset(out, 0, sizeof out);
         memset(key_grad, 0, sizeof key_grad);
     }
+    static uint32_t row[MOST], lane_query[64];
+    for (int i = 0; i < MOST; i++)
+        row[i] = lane_query[i % 64] = (uint32_t)i;
+    MEASURE(ROWS * 64, "G/s", kernel->dropout(ROWS, row, 64, lane_query, &(cmb_dropout){.threshold = 1 << 22}, dp),
+            "dropout %d x 64", ROWS);
+    MEASURE(ROWS * 64, "G/s", kernel->multiply(ROWS * 64, s, dp), "multiply %d", ROWS * 64);
     const double row_flops = 2.0 * ROWS * DIM;
     const REAL *one = s;
     MEASURE(row_flops, "GFLOP/s", kernel->dot(ROWS, key_row, DIM, query, dp), "row: s = K q       %d x %d", ROWS, DIM);
