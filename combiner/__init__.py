@@ -20,7 +20,7 @@ from .functional import (
 )
 from .patterns import Axial, AxialMixture, Dense, Fixed, LogSparse, Mixture, Routing, Tree
 from .plan import Plan
-from .process import get_num_threads, info, num_threads, set_isa, set_num_threads
+from .process import get_num_threads, info, num_threads, release_memory, set_isa, set_num_threads
 
 __version__ = _core.VERSION
 
@@ -48,6 +48,7 @@ __all__ = [
     "info",
     "merge",
     "num_threads",
+    "release_memory",
     "set_isa",
     "set_num_threads",
     "summarize",

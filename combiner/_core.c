@@ -26,6 +26,7 @@
 typedef struct {
     PyObject *plan_type;
     PyObject *may_share_memory; /* numpy.may_share_memory */
+    PyObject *result_memory;    /* NumPy's handler of large results' memory */
 } module_state;
 
 static module_state *state_of(PyObject *module) { return PyModule_GetState(module); }
@@ -134,6 +135,52 @@ PyDoc_STRVAR(peak_bytes_doc, "_peak_bytes($module, /)\n--\n\nThe most bytes held
 static PyObject *peak_bytes(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     return check_heap() ? PyLong_FromSize_t(atomic_exchange(&heap.peak, atomic_load(&heap.live))) : NULL;
+}
+
+/* Large results' memory is the library's to keep when they are gone: the next call's results take it again. */
+static void *result_malloc(void *context, size_t bytes) {
+    (void)context;
+    return cmb_default_allocate(bytes);
+}
+
+static void *result_calloc(void *context, size_t count, size_t size) {
+    size_t bytes;
+    void *memory = __builtin_mul_overflow(count, size, &bytes) ? NULL : result_malloc(context, bytes);
+    return memory ? memset(memory, 0, bytes) : NULL;
+}
+
+static void result_free(void *context, void *memory, size_t bytes) {
+    (void)context, (void)bytes;
+    cmb_default_release(memory);
+}
+
+static void *result_realloc(void *context, void *memory, size_t bytes) {
+    (void)context;
+    return cmb_default_reallocate(memory, bytes);
+}
+
+static PyDataMem_Handler result_memory = {
+    "combiner", 1, {NULL, result_malloc, result_calloc, result_realloc, result_free}};
+
+/* A new array, uninitialised; its memory is the handler's where that is worth it. */
+static PyObject *new_result(const module_state *state, int axes, npy_intp *shape, int type, npy_intp itemsize) {
+    enum { LARGE = 256 << 10 };
+    npy_intp bytes = itemsize;
+    for (int a = 0; a < axes; a++)
+        if (__builtin_mul_overflow(bytes, shape[a], &bytes))
+            bytes = 0; /* NumPy says what is wrong */
+    PyObject *before = bytes >= LARGE ? PyDataMem_SetHandler(state->result_memory) : NULL;
+    if (bytes >= LARGE && !before)
+        return NULL;
+    PyObject *array = PyArray_SimpleNew(axes, shape, type);
+    if (before) {
+        PyObject *type_, *value, *traceback; /* an exception of the array's stays */
+        PyErr_Fetch(&type_, &value, &traceback);
+        Py_XDECREF(PyDataMem_SetHandler(before));
+        Py_DECREF(before);
+        PyErr_Restore(type_, value, traceback);
+    }
+    return array;
 }
 
 /* ---- plans -------------------------------------------------------------------------------------- */
@@ -722,7 +769,7 @@ static bool read_optional(call *c, PyObject *object, const char *name, npy_intp 
 static bool new_array(call *c, npy_intp heads, npy_intp rows, npy_intp features, cmb_array *view, PyObject **array) {
     npy_intp shape[MAX_AXES];
     int axes = shape_of(c, heads, rows, features, shape);
-    *array = hold(c, PyArray_SimpleNew(axes, shape, c->type), NULL);
+    *array = hold(c, new_result(c->state, axes, shape, c->type, c->itemsize), NULL);
     return *array && describe(c, (PyArrayObject *)*array, features != NO_FEATURES, view);
 }
 
@@ -1221,6 +1268,15 @@ static PyObject *stop_threads(PyObject *module, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(release_memory_doc,
+             "release_memory($module, /)\n--\n\nGive what is kept of released memory back to the system.");
+
+static PyObject *release_memory(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    cmb_release_kept();
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(set_isa_doc, "set_isa($module, name, /)\n--\n\nUse the kernels of this instruction set.");
 
 static PyObject *set_isa(PyObject *module, PyObject *name) {
@@ -1265,6 +1321,7 @@ static PyMethodDef core_methods[] = {
     {"set_num_threads", set_num_threads, METH_VARARGS, set_num_threads_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"stop_threads", stop_threads, METH_NOARGS, stop_threads_doc},
+    {"release_memory", release_memory, METH_NOARGS, release_memory_doc},
     {"set_isa", set_isa, METH_O, set_isa_doc},
     {"get_isa", get_isa, METH_NOARGS, get_isa_doc},
     {"isas", isas, METH_NOARGS, isas_doc},
@@ -1288,7 +1345,8 @@ static int core_exec(PyObject *module) {
     PyObject *numpy = PyImport_ImportModule("numpy");
     state->may_share_memory = numpy ? PyObject_GetAttrString(numpy, "may_share_memory") : NULL;
     Py_XDECREF(numpy);
-    if (!state->may_share_memory)
+    state->result_memory = PyCapsule_New(&result_memory, "mem_handler", NULL);
+    if (!state->may_share_memory || !state->result_memory)
         return -1;
     if (PyModule_AddStringConstant(module, "VERSION", CMB_VERSION) ||
         PyModule_AddStringConstant(module, "COMPILER", __VERSION__) ||
@@ -1301,6 +1359,7 @@ static int core_traverse(PyObject *module, visitproc visit, void *arg) {
     module_state *state = state_of(module);
     Py_VISIT(state->plan_type);
     Py_VISIT(state->may_share_memory);
+    Py_VISIT(state->result_memory);
     return 0;
 }
 
@@ -1308,6 +1367,7 @@ static int core_clear(PyObject *module) {
     module_state *state = state_of(module);
     Py_CLEAR(state->plan_type);
     Py_CLEAR(state->may_share_memory);
+    Py_CLEAR(state->result_memory);
     return 0;
 }
 

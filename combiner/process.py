@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the whole process: threads and instruction sets."""
+"""Settings of the whole process: threads, memory and instruction sets."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ def num_threads(count: int) -> Iterator[None]:
         yield
     finally:
         set_num_threads(before)
+
+
+def release_memory() -> None:
+    """Give back to the system what is kept of released memory.
+
+    Workspaces and large results, once nothing refers to them, are kept for the calls that follow, up to 256 MiB in all:
+    having the system map and clear them anew costs up to a fifth of a call.
+    """
+    _core.release_memory()
 
 
 def set_isa(name: str) -> None:

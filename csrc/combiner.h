@@ -278,15 +278,22 @@ const char *cmb_isa_name(int index); /* 0 <= index < cmb_isa_count() */
 const char *cmb_get_isa(void);
 cmb_status cmb_set_isa(const char *name, cmb_error *error);
 
-/* Where all memory comes from; NULL functions restore the default, which is malloc but for one large block kept
- * between calls. Set it while no call is running and no plan is alive.
- * `allocate` returns 64-byte aligned memory or NULL. */
+/* Where all memory comes from; NULL functions restore the default. Set it while no call is running and no plan is
+ * alive. `allocate` returns 64-byte aligned memory or NULL. */
 typedef struct {
     void *(*allocate)(size_t bytes, void *context);
     void (*release)(void *pointer, void *context);
     void *context;
 } cmb_allocator;
 void cmb_set_allocator(const cmb_allocator *allocator);
+
+/* The default allocator, whichever is set: malloc, but for up to 256 MiB in blocks of 256 KiB and more that are kept
+ * when they are released. For results too: mapping them anew costs up to a fifth of a call. cmb_release_kept frees what
+ * is kept. */
+void *cmb_default_allocate(size_t bytes);
+void *cmb_default_reallocate(void *pointer, size_t bytes);
+void cmb_default_release(void *pointer);
+void cmb_release_kept(void);
 
 #ifdef __cplusplus
 }

@@ -7,6 +7,7 @@
  *                              for one row of b and a broadcast
  */
 #include <math.h>
+#include <string.h>
 
 #define PASTE3(a, b, c) a##b##_##c
 #define NAME3(a, b, c) PASTE3(a, b, c)
@@ -21,6 +22,7 @@
 #define broadcast NAME2(broadcast, SUFFIX)
 #define rounded NAME2(rounded, SUFFIX)
 #define if_nonzero NAME2(if_nonzero, SUFFIX)
+#define any NAME2(any, SUFFIX)
 #define fma_vec NAME2(fma_vec, SUFFIX)
 #define maximum NAME2(maximum, SUFFIX)
 #define select_lanes NAME2(select_lanes, SUFFIX)
@@ -144,7 +146,7 @@ INLINE void K(micro)(int mr, int nr, int64_t k, const REAL *const *a, int64_t a_
         vec v[4];
         UNROLL
         for (int j = 0; j < nr; j++)
-            v[j] = part ? load_part(y, part) : load(y + j * LANES);
+            v[j] = part && j == nr - 1 ? load_part(y + j * LANES, part) : load(y + j * LANES);
         UNROLL
         for (int i = 0; i < mr; i++) {
             vec s = broadcast(x[i][at]);
@@ -158,10 +160,11 @@ INLINE void K(micro)(int mr, int nr, int64_t k, const REAL *const *a, int64_t a_
         REAL *z = c[i] + column;
         UNROLL
         for (int j = 0; j < nr; j++) {
-            if (part)
-                store_part(z, add ? load_part(z, part) + sum[i][j] : sum[i][j], part);
+            REAL *to = z + j * LANES;
+            if (part && j == nr - 1)
+                store_part(to, add ? load_part(to, part) + sum[i][j] : sum[i][j], part);
             else
-                store(z + j * LANES, add ? load(z + j * LANES) + sum[i][j] : sum[i][j]);
+                store(to, add ? load(to) + sum[i][j] : sum[i][j]);
         }
     }
 }
@@ -169,21 +172,20 @@ INLINE void K(micro)(int mr, int nr, int64_t k, const REAL *const *a, int64_t a_
 typedef void K(micro_kernel)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b, REAL *const *c,
                              int64_t column, int part, bool add);
 
-#define MICRO(mr, nr)                                                                                         \
-    NOINLINE void K(micro_##mr##x##nr)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b, \
-                                       REAL *const *c, int64_t column, int part, bool add) {                  \
-        (void)part;                                                                                           \
-        K(micro)(mr, nr, k, a, a_step, b, c, column, 0, add);                                                 \
-    }
-#define MICRO_PART(mr)                                                                                      \
-    NOINLINE void K(micro_part_##mr)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b, \
-                                     REAL *const *c, int64_t column, int part, bool add) {                  \
-        K(micro)(mr, 1, k, a, a_step, b, c, column, part, add);                                             \
+/* With whole vectors alone, and with a last one of `part` elements. */
+#define MICRO(mr, nr)                                                                                              \
+    NOINLINE void K(micro_##mr##x##nr)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b,      \
+                                       REAL *const *c, int64_t column, int part, bool add) {                       \
+        (void)part;                                                                                                \
+        K(micro)(mr, nr, k, a, a_step, b, c, column, 0, add);                                                      \
+    }                                                                                                              \
+    NOINLINE void K(micro_part_##mr##x##nr)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b, \
+                                            REAL *const *c, int64_t column, int part, bool add) {                  \
+        K(micro)(mr, nr, k, a, a_step, b, c, column, part, add);                                                   \
     }
 /* clang-format off */
 MICRO(12, 1) MICRO(8, 1) MICRO(4, 1) MICRO(2, 1) MICRO(1, 1)
 MICRO(4, 2) MICRO(2, 2) MICRO(1, 2)
-MICRO_PART(8) MICRO_PART(4) MICRO_PART(2) MICRO_PART(1)
 #if REGISTERS >= 24
 MICRO(12, 2) MICRO(8, 2)
 MICRO(8, 3) MICRO(4, 3) MICRO(2, 3) MICRO(1, 3)
@@ -193,41 +195,41 @@ enum { K(widest) = 4 };
 MICRO(6, 2)
 enum { K(widest) = 2 };
 #endif
-/* clang-format on */
 #undef MICRO
-#undef MICRO_PART
 
 /* Heights for each width, highest first: as many accumulators as the registers hold. */
 typedef struct {
     int height;
-    K(micro_kernel) * kernel;
+    K(micro_kernel) *whole, *part;
 } K(step);
-static const K(step) K(steps)[5][6] = {
-    {{8, K(micro_part_8)}, {4, K(micro_part_4)}, {2, K(micro_part_2)}, {1, K(micro_part_1)}},
-    {{12, K(micro_12x1)}, {8, K(micro_8x1)}, {4, K(micro_4x1)}, {2, K(micro_2x1)}, {1, K(micro_1x1)}},
+#define STEP(mr, nr) {mr, K(micro_##mr##x##nr), K(micro_part_##mr##x##nr)}
+static const K(step) K(steps)[4][5] = {
+    {STEP(12, 1), STEP(8, 1), STEP(4, 1), STEP(2, 1), STEP(1, 1)},
 #if REGISTERS >= 24
-    {{12, K(micro_12x2)}, {8, K(micro_8x2)}, {4, K(micro_4x2)}, {2, K(micro_2x2)}, {1, K(micro_1x2)}},
-    {{8, K(micro_8x3)}, {4, K(micro_4x3)}, {2, K(micro_2x3)}, {1, K(micro_1x3)}},
-    {{6, K(micro_6x4)}, {4, K(micro_4x4)}, {2, K(micro_2x4)}, {1, K(micro_1x4)}},
+    {STEP(12, 2), STEP(8, 2), STEP(4, 2), STEP(2, 2), STEP(1, 2)},
+    {STEP(8, 3), STEP(4, 3), STEP(2, 3), STEP(1, 3)},
+    {STEP(6, 4), STEP(4, 4), STEP(2, 4), STEP(1, 4)},
 #else
-    {{6, K(micro_6x2)}, {4, K(micro_4x2)}, {2, K(micro_2x2)}, {1, K(micro_1x2)}},
+    {STEP(6, 2), STEP(4, 2), STEP(2, 2), STEP(1, 2)},
 #endif
 };
+#undef STEP
+/* clang-format on */
 
 /* Columns outside, so that k rows of b's columns stay in L1 while the rows of a pass. */
 static void K(product)(int64_t m, int64_t n, int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b,
                        REAL *const *c, int64_t column, bool add) {
     for (int64_t end = column + n; column < end;) {
-        int64_t vectors = (end - column) / LANES;
-        int nr = vectors < K(widest) ? (int)vectors : K(widest);
-        int part = nr ? 0 : (int)(end - column);
-        const K(step) *step = K(steps)[nr];
+        const int64_t vectors = (end - column + LANES - 1) / LANES;
+        const int nr = vectors < K(widest) ? (int)vectors : K(widest);
+        const int part = end - column < nr * LANES ? (int)(end - column) % LANES : 0;
+        const K(step) *step = K(steps)[nr - 1];
         for (int64_t i = 0; i < m; i += step->height) {
             while (step->height > m - i)
                 step++;
-            step->kernel(k, a + i, a_step, b, c + i, column, part, add);
+            (part ? step->part : step->whole)(k, a + i, a_step, b, c + i, column, part, add);
         }
-        column += nr ? nr * LANES : part;
+        column += nr * LANES;
     }
 }
 
@@ -235,16 +237,18 @@ static void K(product)(int64_t m, int64_t n, int64_t k, const REAL *const *a, in
 
 enum { K(parts) = CMB_GROUP / LANES > 0 ? CMB_GROUP / LANES : 1 }; /* vectors that hold 16 virtual lanes */
 
-/* The 16 virtual lanes as a sum, in one order for every vector length. */
+/* The 16 virtual lanes as a sum, in one order for every vector length: halves onto each other, to the end. */
 INLINE REAL K(sum16)(const vec x[K(parts)]) {
-    REAL lane[CMB_GROUP];
+    enum { QUADS = CMB_GROUP * sizeof(REAL) / 16, PER_QUAD = 16 / sizeof(REAL) };
+    typedef REAL quad __attribute__((vector_size(16)));
+    quad q[QUADS];
+    memcpy(q, x, sizeof q);
     UNROLL
-    for (int i = 0; i < K(parts); i++)
-        store(lane + i * LANES, x[i]);
-    for (int half = CMB_GROUP / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++)
-            lane[i] += lane[i + half];
-    return lane[0];
+    for (int half = QUADS / 2; half > 0; half /= 2)
+        UNROLL
+    for (int i = 0; i < half; i++)
+        q[i] += q[i + half];
+    return PER_QUAD == 2 ? q[0][0] + q[0][1] : (q[0][0] + q[0][PER_QUAD / 2]) + (q[0][1] + q[0][PER_QUAD - 1]);
 }
 
 static void K(dot)(int64_t n, const REAL *const *row, int64_t dim, const REAL *x, REAL *s) {
@@ -455,38 +459,80 @@ INLINE vec K(greater)(vec x, vec top) {
     return if_nonzero((bits)(x > top) | ((bits)(x != x) & (bits)(top == top)), x, top);
 }
 
+/* Features at a time: their maxima are chains of their own, so that none waits for another's. */
+enum { K(chains) = 4 };
+
+/* `nr` vectors of features from d on; of the last only `part` elements, if part > 0. */
+INLINE void K(max_columns)(int nr, int64_t n, const REAL *const *row, int64_t d, int part, REAL *top, bool add) {
+    vec best[K(chains)];
+    const REAL *first = add ? top : row[0];
+    UNROLL
+    for (int j = 0; j < nr; j++)
+        best[j] = part ? load_part(first + d, part) : load(first + d + j * LANES);
+    for (int64_t i = add ? 0 : 1; i < n; i++) {
+        const REAL *x = row[i] + d;
+        UNROLL
+        for (int j = 0; j < nr; j++)
+            best[j] = K(greater)(part ? load_part(x, part) : load(x + j * LANES), best[j]);
+    }
+    UNROLL
+    for (int j = 0; j < nr; j++) {
+        if (part)
+            store_part(top + d, best[j], part);
+        else
+            store(top + d + j * LANES, best[j]);
+    }
+}
+
 static void K(max_pool)(int64_t n, const REAL *const *row, int64_t dim, REAL *top, bool add) {
-    for (int64_t d = 0; d < dim; d += LANES) {
-        int rest = dim - d < LANES ? (int)(dim - d) : 0;
-        vec best;
-        if (rest) {
-            best = load_part(add ? top + d : row[0] + d, rest);
-            for (int64_t i = add ? 0 : 1; i < n; i++)
-                best = K(greater)(load_part(row[i] + d, rest), best);
-            store_part(top + d, best, rest);
-        } else {
-            best = load(add ? top + d : row[0] + d);
-            for (int64_t i = add ? 0 : 1; i < n; i++)
-                best = K(greater)(load(row[i] + d), best);
-            store(top + d, best);
+    int64_t d = 0;
+    for (; d + K(chains) * LANES <= dim; d += K(chains) * LANES)
+        K(max_columns)(K(chains), n, row, d, 0, top, add);
+    for (; d + LANES <= dim; d += LANES)
+        K(max_columns)(1, n, row, d, 0, top, add);
+    if (d < dim)
+        K(max_columns)(1, n, row, d, (int)(dim - d), top, add);
+}
+
+INLINE void K(max_columns_backward)(int nr, int64_t n, const REAL *const *row, int64_t d, int part, const REAL *top,
+                                    const REAL *grad, REAL *const *grad_row) {
+    vec best[K(chains)], g[K(chains)];
+    bits left[K(chains)];
+    UNROLL
+    for (int j = 0; j < nr; j++) {
+        best[j] = part ? load_part(top + d, part) : load(top + d + j * LANES);
+        g[j] = part ? load_part(grad + d, part) : load(grad + d + j * LANES);
+        left[j] = (bits){0} == (bits){0};
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const REAL *y = row[i] + d;
+        REAL *z = grad_row[i] + d;
+        UNROLL
+        for (int j = 0; j < nr; j++) {
+            const vec x = part ? load_part(y, part) : load(y + j * LANES);
+            const bits hit = left[j] & ((bits)(x == best[j]) | ((bits)(x != x) & (bits)(best[j] != best[j])));
+            left[j] &= ~hit;
+            if (!any(hit)) /* of many rows, most: their gradient is not even read */
+                continue;
+            const vec old = part ? load_part(z, part) : load(z + j * LANES);
+            const vec sum = if_nonzero(hit, old + g[j], old);
+            if (part)
+                store_part(z, sum, part);
+            else
+                store(z + j * LANES, sum);
         }
     }
 }
 
 static void K(max_pool_backward)(int64_t n, const REAL *const *row, int64_t dim, const REAL *top, const REAL *grad,
                                  REAL *const *grad_row) {
-    for (int64_t d = 0; d < dim; d += LANES) {
-        int rest = dim - d < LANES ? (int)(dim - d) : LANES;
-        const vec best = load_part(top + d, rest), g = load_part(grad + d, rest);
-        bits left = (bits){0} == (bits){0};
-        for (int64_t i = 0; i < n; i++) {
-            vec x = load_part(row[i] + d, rest);
-            bits hit = left & ((bits)(x == best) | ((bits)(x != x) & (bits)(best != best)));
-            vec old = load_part(grad_row[i] + d, rest);
-            store_part(grad_row[i] + d, if_nonzero(hit, old + g, old), rest);
-            left &= ~hit;
-        }
-    }
+    int64_t d = 0;
+    for (; d + K(chains) * LANES <= dim; d += K(chains) * LANES)
+        K(max_columns_backward)(K(chains), n, row, d, 0, top, grad, grad_row);
+    for (; d + LANES <= dim; d += LANES)
+        K(max_columns_backward)(1, n, row, d, 0, top, grad, grad_row);
+    if (d < dim)
+        K(max_columns_backward)(1, n, row, d, (int)(dim - d), top, grad, grad_row);
 }
 
 /* ---- the table ---------------------------------------------------------------------------------- */

@@ -5,34 +5,86 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 /* ---- memory ------------------------------------------------------------------------------------- */
 
-/* malloc, but for large blocks, of which one is kept when it is released: a call's workspace is as large as
- * its inputs, and having the system clear and map it anew costs up to a tenth of the call. It asks for huge
- * pages for the same reason. */
+/* malloc, but for large blocks, some of which are kept when they are released: workspaces and results are as large as
+ * inputs and live for a call or two, and having the system map and clear them anew costs up to a fifth of the call. It
+ * asks for huge pages for the same reason. */
 typedef struct {
     size_t bytes; /* that follow the header, of which the block has 64 bytes so that they are aligned */
 } block_header;
 
-static const size_t header_bytes = 64, huge_page = 2 << 20, large_block = 4 << 20, kept_at_most = 64 << 20;
-static _Atomic(block_header *) kept;
+enum { KEPT_BLOCKS = 16 }; /* a step of training releases about ten: results, what is saved, workspaces */
+static const size_t header_bytes = 64, huge_page = 2 << 20, large_block = 256 << 10, kept_at_most = 256 << 20;
+static _Atomic(block_header *) kept[KEPT_BLOCKS];
+static atomic_size_t kept_bytes; /* counted before a block is kept, and until it is gone */
 
-static void *allocate_default(size_t bytes, void *context) {
-    (void)context;
+static void free_kept(block_header *block) {
+    if (block) {
+        atomic_fetch_sub(&kept_bytes, block->bytes);
+        free(block);
+    }
+}
+
+/* A kept block that holds so much and wastes less than an eighth of itself, or NULL. */
+static block_header *take_kept(size_t bytes) {
+    for (int i = 0; i < KEPT_BLOCKS; i++) {
+        block_header *block = atomic_load(&kept[i]) ? atomic_exchange(&kept[i], NULL) : NULL;
+        if (block && block->bytes >= bytes && block->bytes - bytes < block->bytes / 8) {
+            atomic_fetch_sub(&kept_bytes, block->bytes);
+            return block;
+        }
+        if (block)
+            free_kept(atomic_exchange(&kept[i], block)); /* another thread may have put one there meanwhile */
+    }
+    return NULL;
+}
+
+static void keep(block_header *block) {
+    static atomic_uint turn;
+    atomic_fetch_add(&kept_bytes, block->bytes);
+    for (int i = 0; i < KEPT_BLOCKS && atomic_load(&kept_bytes) > kept_at_most; i++)
+        free_kept(atomic_exchange(&kept[i], NULL));
+    for (int i = 0; i < KEPT_BLOCKS; i++) {
+        block_header *empty = NULL;
+        if (atomic_compare_exchange_strong(&kept[i], &empty, block))
+            return;
+    }
+    free_kept(atomic_exchange(&kept[atomic_fetch_add(&turn, 1) % KEPT_BLOCKS], block));
+}
+
+void cmb_release_kept(void) {
+    for (int i = 0; i < KEPT_BLOCKS; i++)
+        free_kept(atomic_exchange(&kept[i], NULL));
+#if defined(__GLIBC__)
+    malloc_trim(0); /* which would keep them too */
+#endif
+}
+
+void *cmb_default_allocate(size_t bytes) {
     const bool large = bytes >= large_block;
-    block_header *block = large ? atomic_exchange(&kept, NULL) : NULL;
-    if (block && block->bytes >= bytes)
+    block_header *block = large ? take_kept(bytes) : NULL;
+    if (block)
         return (char *)block + header_bytes;
-    free(block);
     size_t whole;
     void *fresh = NULL;
-    if (!cmb_add(bytes, header_bytes, &whole) || posix_memalign(&fresh, large ? huge_page : header_bytes, whole) != 0)
+    const size_t alignment = bytes >= 2 * huge_page ? huge_page : header_bytes;
+    if (!cmb_add(bytes, header_bytes, &whole))
         return NULL;
+    if (posix_memalign(&fresh, alignment, whole) != 0) {
+        cmb_release_kept();
+        if (posix_memalign(&fresh, alignment, whole) != 0)
+            return NULL;
+    }
 #if defined(MADV_HUGEPAGE)
-    if (large)
+    if (alignment == huge_page)
         madvise(fresh, whole, MADV_HUGEPAGE); /* a hint: that it is refused changes nothing */
 #endif
     block = fresh;
@@ -40,12 +92,34 @@ static void *allocate_default(size_t bytes, void *context) {
     return (char *)block + header_bytes;
 }
 
-static void release_default(void *pointer, void *context) {
-    (void)context;
+void cmb_default_release(void *pointer) {
+    if (!pointer)
+        return;
     block_header *block = (block_header *)(void *)((char *)pointer - header_bytes);
     if (block->bytes >= large_block && block->bytes <= kept_at_most)
-        block = atomic_exchange(&kept, block);
-    free(block);
+        keep(block);
+    else
+        free(block);
+}
+
+void *cmb_default_reallocate(void *pointer, size_t bytes) {
+    void *moved = cmb_default_allocate(bytes);
+    if (moved && pointer) {
+        const size_t old = ((const block_header *)(const void *)((char *)pointer - header_bytes))->bytes;
+        memcpy(moved, pointer, old < bytes ? old : bytes);
+        cmb_default_release(pointer);
+    }
+    return moved;
+}
+
+static void *allocate_default(size_t bytes, void *context) {
+    (void)context;
+    return cmb_default_allocate(bytes);
+}
+
+static void release_default(void *pointer, void *context) {
+    (void)context;
+    cmb_default_release(pointer);
 }
 
 static const cmb_allocator default_allocator = {allocate_default, release_default, NULL};

@@ -36,6 +36,19 @@ static inline vec if_nonzero(bits condition, vec a, vec b) {
     return (vec)(((bits)a & condition) | ((bits)b & ~condition));
 }
 
+/* Whether some bit is set. */
+static inline bool any(bits x) {
+#if VECTOR_BYTES == 64
+    return _mm512_test_epi64_mask((__m512i)x, (__m512i)x) != 0;
+#elif VECTOR_BYTES == 32
+    return !_mm256_testz_si256((__m256i)x, (__m256i)x);
+#else
+    uint64_t half[2];
+    memcpy(half, &x, sizeof half);
+    return (half[0] | half[1]) != 0;
+#endif
+}
+
 /* The instruction set follows from VECTOR_BYTES (64: AVX-512, 32: AVX2): clang's target pragma defines no macro.
  * fma_vec(a, b, c) = a * b + c; maximum(a, b): b where either is NaN (aarch64: NaN);
  * select(word, a, b): lane t is a's where bit t of word is set;

@@ -90,6 +90,45 @@ def test_what_was_made_goes():
     assert _core._live_bytes() == 0
 
 
+@fresh_process()
+def test_large_results_are_kept_and_given_back():
+    """The memory of results that are gone serves the next ones, and the system gets it back when asked."""
+    q, k, v, grad_out, _ = draw(20_000, 4, 4, 32, 32)
+
+    def step() -> np.ndarray:
+        out, saved = combiner.attention_forward(q, k, v, Fixed(), is_causal=True)
+        combiner.attention_backward(grad_out, saved)
+        return out
+
+    expected = [step().tobytes() for _ in range(4)][0]
+    held = resident_bytes()
+    for _ in range(20):
+        assert step().tobytes() == expected
+    assert resident_bytes() - held <= 2**20
+    combiner.release_memory()
+    assert held - resident_bytes() >= 4 * q.nbytes
+    assert step().tobytes() == expected
+
+
+def test_results_are_their_own():
+    """Not views of something: they own their data, may be resized, and count in tracemalloc."""
+    q, k, v, *_ = draw(20_000, 4, 4, 8, 8)
+    tracemalloc.start()
+    try:
+        out = combiner.attention(q, k, v, Fixed())
+        assert tracemalloc.get_traced_memory()[0] >= out.nbytes >= 2**18
+    finally:
+        tracemalloc.stop()
+    assert out.flags.owndata and out.flags.writeable and out.base is None
+    first = out.ravel()[:1000].copy()
+    out.resize(2 * out.size, refcheck=False)
+    np.testing.assert_array_equal(out[:1000], first)
+    out.resize(10, refcheck=False)
+    np.testing.assert_array_equal(out, first[:10])
+    del out
+    assert np.isfinite(combiner.attention(q, k, v, Fixed())).all()
+
+
 # ---- nothing is touched that is not the arrays'
 
 

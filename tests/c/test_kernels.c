@@ -274,18 +274,19 @@ static void exp2_of_doubles(void) {
 /* ---- timing ------------------------------------------------------------------------------------- */
 
 /* What no kernel can pass: twelve sums, each multiply-add waiting only for its own last. */
-#define MULTIPLY_ADD_LOOP(name, target, real, bytes)                                                  \
-    target static __attribute__((noinline)) double name(int64_t rounds, real factor) {                \
-        typedef real vec __attribute__((vector_size(bytes)));                                         \
-        const vec f = (vec){0} + factor;                                                              \
-        vec a = f, b = f, c = f, d = f, e = f, g = f, h = f, i = f, j = f, k = f, l = f, m = f;       \
-        for (int64_t n = 0; n < rounds; n++) {                                                        \
-            a = a * f + f, b = b * f + f, c = c * f + f, d = d * f + f, e = e * f + f, g = g * f + f; \
-            h = h * f + f, i = i * f + f, j = j * f + f, k = k * f + f, l = l * f + f, m = m * f + f; \
-            __asm__ volatile("" ::: "memory");                                                        \
-        }                                                                                             \
-        a += b + c + d + e + g + h + i + j + k + l + m;                                               \
-        return (double)a[0];                                                                          \
+#define MULTIPLY_ADD_LOOP(name, target, real, bytes)                                                                  \
+    target static __attribute__((noinline)) double name(int64_t rounds, real factor) {                                \
+        typedef real vec __attribute__((vector_size(bytes)));                                                         \
+        const vec f = (vec){0} + factor;                                                                              \
+        vec a = f, b = a + f, c = b + f, d = c + f, e = d + f, g = e + f, h = g + f, i = h + f, j = i + f, k = j + f, \
+            l = k + f, m = l + f;                                                                                     \
+        for (int64_t n = 0; n < rounds; n++) {                                                                        \
+            a = a * f + f, b = b * f + f, c = c * f + f, d = d * f + f, e = e * f + f, g = g * f + f;                 \
+            h = h * f + f, i = i * f + f, j = j * f + f, k = k * f + f, l = l * f + f, m = m * f + f;                 \
+            __asm__ volatile("" ::: "memory");                                                                        \
+        }                                                                                                             \
+        a += b + c + d + e + g + h + i + j + k + l + m;                                                               \
+        return (double)a[0];                                                                                          \
     }
 MULTIPLY_ADD_LOOP(loop_base_f32, , float, 16)
 MULTIPLY_ADD_LOOP(loop_base_f64, , double, 16)

@@ -45,6 +45,27 @@ static void memory(void) {
         cmb_release(other);
     }
 
+    /* What is released comes back to a wish of about its size, up to so many blocks and so much in all. */
+    cmb_release_kept();
+    char *block[20];
+    for (int i = 0; i < 20; i++)
+        CHECK((block[i] = cmb_default_allocate(LARGE)) != NULL);
+    cmb_default_release(block[0]);
+    CHECK(cmb_default_allocate(LARGE / 2) != block[0]);
+    CHECK(cmb_default_allocate(LARGE - 1000) == block[0]);
+    for (int i = 0; i < 20; i++)
+        cmb_default_release(block[i]);
+    char *moved = cmb_default_allocate(1000);
+    memset(moved, 7, 1000);
+    CHECK((moved = cmb_default_reallocate(moved, LARGE)) && moved[0] == 7 && moved[999] == 7);
+    CHECK((moved = cmb_default_reallocate(moved, 10)) && moved[9] == 7);
+    cmb_default_release(moved);
+    cmb_default_release(cmb_default_reallocate(NULL, 10));
+    cmb_default_release(NULL);
+    CHECK(!cmb_default_allocate(SIZE_MAX) && !cmb_default_reallocate(NULL, SIZE_MAX));
+    cmb_release_kept();
+    cmb_release_kept();
+
     test_heap_use(&heap);
     heap.fail = 2;
     void *first = cmb_allocate(100);
