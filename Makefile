@@ -29,6 +29,9 @@ test-slow: build # the sweeps that `make test` leaves out, and every float32 tha
 bench: .venv/bench
 	$(BIN)/python benchmarks/run.py
 
+gallery: build # the pictures of docs/patterns.md
+	$(BIN)/python docs/gallery.py
+
 lint: .venv/lint
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 	$(BIN)/ruff check
@@ -86,4 +89,4 @@ endef
 $(foreach name,plain asan tsan,$(eval $(call flavour,$(name))))
 -include $(wildcard $(BUILD)/*/*.d)
 
-.PHONY: build run test test-slow bench lint format clean test-c sanitize valgrind test-header
+.PHONY: build run test test-slow bench gallery lint format clean test-c sanitize valgrind test-header

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, Literal, Self, TypeAlias, cast
 
 import numpy as np
@@ -234,15 +234,41 @@ def _plain(part: Iterable[int]) -> Iterable[int]:
     return part.tolist() if isinstance(part, np.ndarray) else part
 
 
+def attended(plan: Plan) -> tuple[Array, Array]:
+    """Who attends what, spelled out from the tiles: int64 arrays (query, row) `[pairs]`, by query, then row.
+
+    Both are rows of the table: a position, or L + r for region r, which as a query attends its members (stage 1).
+    Regions that no position needs do not. O(pairs log(pairs)) of both stages.
+    """
+    arrays = plan.arrays
+    queries, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for (*query_list, run, _), (*_, last_run, _) in pairwise(arrays["tile"].tolist()):
+        query = _rows(arrays["index"], *query_list)
+        for *row_list, mask in arrays["run"][run:last_run].tolist():
+            row = _rows(arrays["index"], *row_list)
+            seen = np.ones((len(query), len(row)), bool)
+            if mask >= 0:
+                lane = np.arange(len(query), dtype=np.uint64)
+                seen = (arrays["mask"][mask : mask + len(row)] >> lane[:, None] & np.uint64(1)).astype(bool)
+            t, n = np.nonzero(seen)
+            queries.append(query[t])
+            rows.append(row[n])
+    query, row = np.concatenate(queries), np.concatenate(rows)
+    order = np.lexsort((row, query))
+    return query[order], row[order]
+
+
+def _rows(index: Array, start: int, step: int, count: int) -> Array:
+    """The table rows of a list, spelled out (cmb_list)."""
+    return np.arange(start, start + step * count, step) if step else index[start : start + count].astype(np.int64)
+
+
 def _positions(plan: Plan) -> list[Array]:
     """The positions below each region, from the pool steps of the flat arrays."""
     L, arrays = plan.length, plan.arrays
     below: dict[int, Array] = {}  # by row; a scratch row is written before it is read in each task
-    for row, start, step, count in arrays["pool"].tolist():
-        if step:
-            children = np.arange(start, start + step * count, step)
-        else:
-            children = arrays["index"][start : start + count].astype(np.int64)
+    for row, *child_list in arrays["pool"].tolist():
+        children = _rows(arrays["index"], *child_list)
         parts = [children[children < L], *(below[child] for child in children[children >= L].tolist())]
         below[row] = np.unique(np.concatenate(parts))
         below[row].flags.writeable = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README and the example say runs."""
+"""What README, docs/patterns.md and the example say runs."""
 
 import os
 import re
@@ -10,21 +10,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+DOCUMENTS = ("README.md", "docs/patterns.md")
+BLOCKS = [
+    (name, block)
+    for name in DOCUMENTS
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_readme_block(block):
-    exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize("name, block", BLOCKS, ids=range(len(BLOCKS)))
+def test_block(name, block):
+    exec(compile(block, name, "exec"), {})
 
 
-def test_readme_names_files_that_exist():
-    text = (ROOT / "README.md").read_text()
-    names = re.findall(r"\]\(([\w./]+)\)", text) + [
-        "tests/" + name for name in re.findall(r"`(?:tests/)?(test_\w+\.py)`", text)
-    ]
-    assert names
-    assert [name for name in names if not (ROOT / name).exists()] == []
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_name_files_that_exist(document):
+    text = (ROOT / document).read_text()
+    paths = [(ROOT / document).parent / name for name in re.findall(r"\]\(([\w./]+)\)", text)]
+    paths += [ROOT / "tests" / name for name in re.findall(r"`(?:tests/)?(test_\w+\.py)`", text)]
+    assert paths
+    assert [path for path in paths if not path.exists()] == []
 
 
 def test_example(tmp_path):
