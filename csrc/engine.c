@@ -201,6 +201,9 @@ typedef struct {
     void *query, *key, *value, *lse;
     void *query_grad, *key_grad, *value_grad;
     int32_t *count, *pick;
+    struct {
+        uint8_t *query, *key, *value, *region_query, *region_key, *region_value;
+    } stale; /* of the gradients */
 } tables;
 
 typedef struct {
@@ -248,6 +251,12 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
             t.query_grad = cmb_take(arena, R, d);
             t.key_grad = cmb_take(arena, R, d);
             t.value_grad = cmb_take(arena, R, dv);
+        }
+        if (backward) {
+            uint8_t **const stale[] = {&t.stale.query,        &t.stale.key,        &t.stale.value,
+                                       &t.stale.region_query, &t.stale.region_key, &t.stale.region_value};
+            for (int n = 0; n < 6; n++)
+                *stale[n] = cmb_take(arena, (size_t)cmb_blocks(n < 3 ? run->L : run->R), 1);
         }
         if (table)
             table[i] = t;
@@ -321,15 +330,15 @@ static unit unit_of(const schedule *run, int64_t n, int64_t heads) {
     return (unit){.b = n / heads / run->segments, .h = n % heads, .s = s, .segment = run->segment[s]};
 }
 
+static cmb_rows dense(void *data, int64_t row) { return (cmb_rows){.data = data, .row = row}; }
+
 /* Rows first, .. of what query head h of batch entry b reads of an array. */
 static cmb_rows rows_of(const cmb_problem *p, const cmb_array *array, size_t size, const unit *u, int64_t first) {
     if (!array->data)
-        return (cmb_rows){NULL, 0};
+        return (cmb_rows){0};
     const int64_t at = u->b * array->batch + u->h * array->heads / p->Hq * array->head + first * array->row;
-    return (cmb_rows){(char *)array->data + at * (int64_t)size, array->row};
+    return dense((char *)array->data + at * (int64_t)size, array->row);
 }
-
-static cmb_rows dense(void *data, int64_t row) { return (cmb_rows){data, row}; }
 
 /* The rows of positions, and of regions where the caller has an array of them, else the table's own. */
 static cmb_rows positions(const schedule *run, const cmb_array *array, const unit *u) {
@@ -434,12 +443,12 @@ static void end_head(void *context, int64_t slot, int worker) {
     const unit u = unit_of(run, run->first + slot, p->Hq);
     const cmb_head head = make_head(run, &run->table[slot], &u);
     if (head.stages & CMB_ATTEND)
-        run->stage->finish(head.L, head.lse, head.out, head.Dv, (cmb_rows){NULL, 0}, 0);
+        run->stage->finish(head.L, head.lse, head.out, head.Dv, (cmb_rows){0}, 0);
     if (!(head.stages & CMB_SUMMARIZE))
         return;
     if (p->summary_value.data)
         run->stage->finish(head.R, head.region_lse, head.region_value, head.Dv,
-                           head.weighted ? head.region_key : (cmb_rows){NULL, 0}, head.D);
+                           head.weighted ? head.region_key : (cmb_rows){0}, head.D);
     const bool owner = p->summary_key.data && u.h % (p->Hq / p->summary_key.heads) == 0;
     if (p->stages == CMB_SUMMARIZE && owner && !head.weighted)
         run->stage->copy_region_keys(&head, head.R, regions(run, &p->summary_key, &u, NULL, 0));
@@ -468,53 +477,77 @@ static void forward(schedule *run) {
 
 /* ---- backward ----------------------------------------------------------------------------------- */
 
-/* Zeros, some rows at a time: the first touch of new memory is slow enough for Ctrl-C to be waited for. */
-static void clear(const schedule *run, cmb_rows rows, int64_t n, int64_t dim, int worker) {
-    enum { SLICE = 4096 };
-    for (int64_t x = 0; x < n && !cmb_cancelled(run->cancel, worker); x += SLICE) {
-        const int64_t at = x * rows.row * (int64_t)run->stage->size;
-        run->stage->clear(dense((char *)rows.data + at, rows.row), n - x < SLICE ? n - x : SLICE, dim);
+/* Rows that are to be zero: each block when it is first met, or by `settle`. */
+static cmb_rows zeroed(cmb_rows rows, int64_t count, int64_t dim, uint8_t *stale, bool first) {
+    rows.stale = stale;
+    rows.count = count;
+    rows.dim = dim;
+    if (first)
+        memset(stale, 1, (size_t)cmb_blocks(count));
+    return rows;
+}
+
+/* The first touch of new memory is slow enough for Ctrl-C to be waited for. */
+static void settle(const schedule *run, cmb_rows rows, int worker) {
+    for (int64_t block = 0; block < cmb_blocks(rows.count); block++) {
+        if (block % CMB_BLOCK_ROWS == 0 && cmb_cancelled(run->cancel, worker))
+            return;
+        if (rows.stale[block])
+            run->stage->clear(rows, block);
     }
 }
 
-/* Where a head's gradients go; those that query heads of a group share are cleared by the first of them. */
-static void begin_gradients(const schedule *run, cmb_head *head, const tables *t, const unit *u, int worker) {
+/* Where a head's gradients go; those that query heads of a group share are begun by the first of them. */
+static void begin_gradients(const schedule *run, cmb_head *head, const tables *t, const unit *u) {
     const cmb_problem *p = run->problem;
     const cmb_gradients *g = run->gradients;
-    const cmb_stage_table *stage = run->stage;
-    const int64_t R = head->R, group = p->Hq / p->Hk;
+    const int64_t L = head->L, R = head->R, group = p->Hq / p->Hk;
     const bool summarize = p->stages & CMB_SUMMARIZE, first = u->h % group == 0;
-    head->grad.query = positions(run, &g->query, u);
-    head->grad.key = positions(run, &g->key, u);
-    head->grad.value = positions(run, &g->value, u);
+    head->grad.query = zeroed(positions(run, &g->query, u), L, p->D, t->stale.query, true);
+    head->grad.key = zeroed(positions(run, &g->key, u), L, p->D, t->stale.key, first);
+    head->grad.value = zeroed(positions(run, &g->value, u), L, p->Dv, t->stale.value, first);
     head->grad.out = positions(run, &g->out, u);
     head->grad.lse = positions(run, &g->lse, u);
-    clear(run, head->grad.query, head->L, p->D, worker);
-    if (first) {
-        clear(run, head->grad.key, head->L, p->D, worker);
-        clear(run, head->grad.value, head->L, p->Dv, worker);
-    }
     const cmb_rows summary_key = regions(run, &g->summary_key, u, NULL, 0);
     const cmb_rows summary_value = regions(run, &g->summary_value, u, NULL, 0);
     if (!summarize) {
-        head->grad.region_key = summary_key;
-        head->grad.region_value = summary_value;
-        if (first || p->summary_key.heads == p->Hq)
-            clear(run, head->grad.region_key, R, p->D, worker);
-        clear(run, head->grad.region_value, R, p->Dv, worker);
+        const bool own_key = first || p->summary_key.heads == p->Hq;
+        head->grad.region_key = zeroed(summary_key, R, p->D, t->stale.region_key, own_key);
+        head->grad.region_value = zeroed(summary_value, R, p->Dv, t->stale.region_value, true);
         return;
     }
+    const cmb_array absent = {0};
     const bool shared_key = p->region_key.data && !first && p->region_key.heads != p->Hq;
     /* A summary_key of Hk heads is one thing to a group, so its gradient enters once. */
     const bool enters = g->summary_key.data && u->h % (p->Hq / g->summary_key.heads) == 0;
-    const cmb_array absent = {0};
-    head->grad.region_query = regions(run, p->region_query.data ? &g->region_query : &absent, u, t->query_grad, p->D);
-    head->grad.region_key = regions(run, p->region_key.data ? &g->region_key : &absent, u, t->key_grad, p->D);
-    head->grad.region_value = dense(t->value_grad, p->Dv);
-    clear(run, head->grad.region_query, R, p->D, worker);
-    stage->begin_gradient(R, head->region_lse, enters ? summary_key : dense(NULL, 0), p->D, head->grad.region_key,
-                          shared_key);
-    stage->begin_gradient(R, head->region_lse, summary_value, p->Dv, head->grad.region_value, false);
+    head->grad.region_query =
+        zeroed(regions(run, p->region_query.data ? &g->region_query : &absent, u, t->query_grad, p->D), R, p->D,
+               t->stale.region_query, true);
+    head->grad.region_key = zeroed(regions(run, p->region_key.data ? &g->region_key : &absent, u, t->key_grad, p->D), R,
+                                   p->D, t->stale.region_key, !shared_key);
+    head->grad.region_value = zeroed(dense(t->value_grad, p->Dv), R, p->Dv, t->stale.region_value, true);
+    if (enters)
+        run->stage->begin_gradient(R, head->region_lse, summary_key, head->grad.region_key);
+    if (summary_value.data)
+        run->stage->begin_gradient(R, head->region_lse, summary_value, head->grad.region_value);
+}
+
+/* Zeros in what no task met, of the caller's arrays; those of a group after its last head. */
+static void end_gradients(const schedule *run, const cmb_head *head, const unit *u, int worker) {
+    const cmb_problem *p = run->problem;
+    const bool summarize = p->stages & CMB_SUMMARIZE, last = (u->h + 1) % (p->Hq / p->Hk) == 0;
+    const cmb_array *region_key = summarize ? &p->region_key : &p->summary_key;
+    settle(run, head->grad.query, worker);
+    if (summarize && p->region_query.data)
+        settle(run, head->grad.region_query, worker);
+    if (region_key->data && (last || region_key->heads == p->Hq))
+        settle(run, head->grad.region_key, worker);
+    if (!summarize)
+        settle(run, head->grad.region_value, worker);
+    if (last) {
+        settle(run, head->grad.key, worker);
+        settle(run, head->grad.value, worker);
+    }
 }
 
 static void backward_unit(void *context, int64_t index, int worker) {
@@ -527,7 +560,7 @@ static void backward_unit(void *context, int64_t index, int worker) {
     const int64_t end = (u.h + 1) * group;
     for (u.h *= group; u.h < end; u.h++) {
         cmb_head head = make_head(run, t, &u);
-        begin_gradients(run, &head, t, &u, worker);
+        begin_gradients(run, &head, t, &u);
         clear_counts(&head);
         for (int32_t task = 0; task < head.plan->tasks && !cmb_cancelled(run->cancel, worker); task++)
             run->stage->pool(&head, task, scratch);
@@ -539,6 +572,7 @@ static void backward_unit(void *context, int64_t index, int worker) {
                 if (head.stages & CMB_SUMMARIZE)
                     run->stage->pool_backward(&head, task, scratch);
             }
+        end_gradients(run, &head, &u, worker);
     }
 }
 

@@ -12,7 +12,8 @@ enum {
     NARROW = 16,         /* queries of a LogSparse tile: 64 would see three times the rows that 16 do */
     TASK_QUERIES = 1024, /* queries of a task of narrow tiles */
     SPAN_QUERIES = 512,  /* Fixed: a task has whole spans of up to so many positions, or so many of a longer span */
-    CHUNK_LEVEL = 11,    /* LogSparse blocks of up to 2^11 keys are summarized chunk by chunk */
+    CHUNK_LEVEL = 10,    /* LogSparse: a task has 2^10 keys, with the smaller blocks in them */
+    HALVES_LEVEL = 11,   /* hierarchical: a task summarizes the blocks in 2^11 keys */
 };
 
 /* ---- Dense and Fixed ---- */
@@ -204,47 +205,6 @@ static void summarize_keys(cmb_build *build, const dyadic *blocks, int low, int 
         cmb_build_masked_run(build, cmb_list_make(a, 1, keys), mask);
 }
 
-static void summarize_chunks(cmb_build *build, const dyadic *blocks, bool is_hierarchical) {
-    enum { LOW = 5 }; /* 32 keys hold 31 blocks of levels 1 to 5, of which a causal plan attends 16 */
-    int top = blocks->top < CHUNK_LEVEL ? blocks->top : CHUNK_LEVEL;
-    int64_t chunk = INT64_C(1) << CHUNK_LEVEL;
-    cmb_build_wave(build);
-    for (int64_t first = 0; first < blocks->L && cmb_build_task(build); first += chunk) {
-        for (int level = 1; level <= top; level++)
-            pool_blocks(build, blocks, level, first >> level, (first + chunk) >> level);
-        for (int level = 1; is_hierarchical && level <= top; level++)
-            summarize_halves(build, blocks, level, first >> level, (first + chunk) >> level);
-        for (int64_t a = first; !is_hierarchical && a < cmb_least(first + chunk, blocks->L); a += CMB_TILE) {
-            for (int64_t half = a; half < cmb_least(a + CMB_TILE, blocks->L); half += CMB_TILE / 2)
-                summarize_keys(build, blocks, 1, top < LOW ? top : LOW, half, CMB_TILE / 2);
-            summarize_keys(build, blocks, LOW + 1, top, a, CMB_TILE);
-        }
-    }
-}
-
-/* The blocks that hold several chunks. */
-static void summarize_big_blocks(cmb_build *build, const dyadic *blocks, bool is_hierarchical) {
-    cmb_build_wave(build);
-    cmb_build_task(build);
-    for (int level = CHUNK_LEVEL + 1; level <= blocks->top; level++)
-        pool_blocks(build, blocks, level, 0, blocks->count[level]);
-    for (int level = CHUNK_LEVEL + 1; is_hierarchical && level <= blocks->top; level++)
-        summarize_halves(build, blocks, level, 0, blocks->count[level]);
-    if (is_hierarchical)
-        return;
-    cmb_build_wave(build);
-    for (int level = CHUNK_LEVEL + 1; level <= blocks->top; level++)
-        for (int64_t b = 0; b < blocks->count[level]; b++) {
-            if (!is_attended(blocks, level, b))
-                continue;
-            if (!cmb_build_task(build))
-                return;
-            int64_t first = b << level;
-            cmb_build_tile(build, cmb_list_make(blocks->first[level] + b, 1, 1), 1);
-            cmb_build_run(build, cmb_list_make(first, 1, cmb_least(INT64_C(1) << level, blocks->L - first)));
-        }
-}
-
 /* Queries [a, a + n) attend themselves and, on every level, the sibling of their own block: its region or, in the
  * sparse baseline and on level 0, its position nearest to them. */
 static void attend_siblings(cmb_build *build, const dyadic *blocks, int64_t a, int64_t n, bool is_sparse) {
@@ -278,6 +238,94 @@ static void attend_siblings(cmb_build *build, const dyadic *blocks, int64_t a, i
     cmb_build_masked_run(build, cmb_list_make(a, 1, n), key_mask);
 }
 
+/* The blocks of levels 1 to `top` that hold some of the positions [first, end). */
+static void pool_within(cmb_build *build, const dyadic *blocks, int top, int64_t first, int64_t end) {
+    enum { NEAR = 6 }; /* 64 positions with all that lies in them stay in the first-level cache */
+    for (int64_t a = first; a < end; a += INT64_C(1) << NEAR)
+        for (int level = 1; level <= cmb_least(NEAR, top); level++)
+            pool_blocks(build, blocks, level, a >> level, (a + (INT64_C(1) << NEAR)) >> level);
+    for (int level = NEAR + 1; level <= top; level++)
+        pool_blocks(build, blocks, level, first >> level, (end + (INT64_C(1) << level) - 1) >> level);
+}
+
+static void summarize_within(cmb_build *build, const dyadic *blocks, int top, int64_t first, int64_t end) {
+    enum { LOW = 5 }; /* 32 keys hold 31 blocks of levels 1 to 5, of which a causal plan attends 16 */
+    for (int64_t a = first; a < end; a += CMB_TILE) {
+        for (int64_t half = a; half < cmb_least(a + CMB_TILE, end); half += CMB_TILE / 2)
+            summarize_keys(build, blocks, 1, top < LOW ? top : LOW, half, CMB_TILE / 2);
+        summarize_keys(build, blocks, LOW + 1, top, a, CMB_TILE);
+    }
+}
+
+/* The blocks of CHUNK_LEVEL, from their keys, and those that hold several. */
+static void summarize_big_blocks(cmb_build *build, const dyadic *blocks) {
+    cmb_build_wave(build);
+    for (int64_t b = 0; b < blocks->count[CHUNK_LEVEL] && cmb_build_task(build); b++) {
+        int64_t first = b << CHUNK_LEVEL, n = cmb_least(INT64_C(1) << CHUNK_LEVEL, blocks->L - first);
+        cmb_build_pool(build, blocks->first[CHUNK_LEVEL] + b, cmb_list_make(first, 1, n));
+    }
+    cmb_build_wave(build);
+    cmb_build_task(build);
+    for (int level = CHUNK_LEVEL + 1; level <= blocks->top; level++)
+        pool_blocks(build, blocks, level, 0, blocks->count[level]);
+    cmb_build_wave(build);
+    for (int level = CHUNK_LEVEL; level <= blocks->top; level++)
+        for (int64_t b = 0; b < blocks->count[level]; b++) {
+            if (!is_attended(blocks, level, b))
+                continue;
+            if (!cmb_build_task(build))
+                return;
+            int64_t first = b << level;
+            cmb_build_tile(build, cmb_list_make(blocks->first[level] + b, 1, 1), 1);
+            cmb_build_run(build, cmb_list_make(first, 1, cmb_least(INT64_C(1) << level, blocks->L - first)));
+        }
+}
+
+/* Blocks below CHUNK_LEVEL are attended within their chunk alone: what they need is pooled, summarized and attended in
+ * one task, while it is in the cache. */
+static void build_flat(cmb_build *build, const dyadic *blocks, bool is_sparse) {
+    int top = blocks->top < CHUNK_LEVEL ? blocks->top : CHUNK_LEVEL - 1;
+    if (!is_sparse && blocks->top >= CHUNK_LEVEL)
+        summarize_big_blocks(build, blocks);
+    cmb_build_wave(build);
+    for (int64_t first = 0; first < blocks->L && cmb_build_task(build); first += INT64_C(1) << CHUNK_LEVEL) {
+        int64_t end = cmb_least(first + (INT64_C(1) << CHUNK_LEVEL), blocks->L);
+        if (!is_sparse && top > 0) {
+            pool_within(build, blocks, top, first, end);
+            summarize_within(build, blocks, top, first, end);
+        }
+        for (int64_t a = first; a < end; a += NARROW)
+            attend_siblings(build, blocks, a, cmb_least(NARROW, end - a), is_sparse);
+    }
+}
+
+/* Summaries of summaries need the lower ones first: chunk by chunk, then the blocks that hold several. */
+static void build_hierarchical(cmb_build *build, const dyadic *blocks) {
+    int top = blocks->top < HALVES_LEVEL ? blocks->top : HALVES_LEVEL;
+    int64_t chunk = INT64_C(1) << HALVES_LEVEL;
+    if (top > 0)
+        cmb_build_wave(build);
+    for (int64_t first = 0; top > 0 && first < blocks->L && cmb_build_task(build); first += chunk) {
+        pool_within(build, blocks, top, first, cmb_least(first + chunk, blocks->L));
+        for (int level = 1; level <= top; level++)
+            summarize_halves(build, blocks, level, first >> level, (first + chunk) >> level);
+    }
+    if (blocks->top > top) {
+        cmb_build_wave(build);
+        cmb_build_task(build);
+        for (int level = top + 1; level <= blocks->top; level++)
+            pool_blocks(build, blocks, level, 0, blocks->count[level]);
+        for (int level = top + 1; level <= blocks->top; level++)
+            summarize_halves(build, blocks, level, 0, blocks->count[level]);
+    }
+    cmb_build_wave(build);
+    for (int64_t a = 0; a < blocks->L; a += NARROW) {
+        if (a % TASK_QUERIES == 0 && !cmb_build_task(build))
+            break;
+        attend_siblings(build, blocks, a, cmb_least(NARROW, blocks->L - a), false);
+    }
+}
+
 cmb_status cmb_plan_logsparse(int64_t L, bool hierarchical, const cmb_plan_options *options, cmb_plan **plan,
                               cmb_error *error) {
     *plan = NULL;
@@ -296,16 +344,9 @@ cmb_status cmb_plan_logsparse(int64_t L, bool hierarchical, const cmb_plan_optio
     status = cmb_build_begin(&build, L, options->sparse ? 0 : rows - L, 0, options, error);
     if (status)
         return status;
-    if (!options->sparse && blocks.top > 0) {
-        summarize_chunks(&build, &blocks, hierarchical);
-        if (blocks.top > CHUNK_LEVEL)
-            summarize_big_blocks(&build, &blocks, hierarchical);
-    }
-    cmb_build_wave(&build);
-    for (int64_t a = 0; a < L; a += NARROW) {
-        if (a % TASK_QUERIES == 0 && !cmb_build_task(&build))
-            break;
-        attend_siblings(&build, &blocks, a, cmb_least(NARROW, L - a), options->sparse);
-    }
+    if (hierarchical && !options->sparse)
+        build_hierarchical(&build, &blocks);
+    else
+        build_flat(&build, &blocks, options->sparse);
     return cmb_build_end(&build, plan, error);
 }

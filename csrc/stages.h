@@ -6,11 +6,17 @@
 #include "kernels.h"
 #include "runtime.h"
 
-/* One head of a cmb_array: row x is at element x * row of data. */
+/* One head of a cmb_array: row x is at element x * row of data. Gradients are zeroed in blocks of rows when one of them
+ * is first met, so that they are in the cache when they are added to: in stale[block] where that is still to come. */
 typedef struct {
     void *data;
     int64_t row;
+    uint8_t *stale; /* [cmb_blocks(count)], or NULL: all rows hold what they should */
+    int64_t count, dim;
 } cmb_rows;
+
+enum { CMB_BLOCK_ROWS = 64 };
+static inline int64_t cmb_blocks(int64_t rows) { return (rows + CMB_BLOCK_ROWS - 1) / CMB_BLOCK_ROWS; }
 
 /* One query head of one segment of a problem. Region tables have rows 0..R-1 for table rows L..L+R-1. */
 typedef struct {
@@ -69,9 +75,10 @@ typedef struct {
     void (*finish)(int64_t n, cmb_rows lse, cmb_rows rows, int64_t dim, cmb_rows more, int64_t more_dim);
     /* k_R of every region r < n with an lse, 0 for the others */
     void (*copy_region_keys)(const cmb_head *head, int64_t n, cmb_rows to);
-    void (*clear)(cmb_rows rows, int64_t n, int64_t dim);
-    /* Gradients of regions with an lse, 0 for the others and where `from` has no data; added or written. */
-    void (*begin_gradient)(int64_t n, cmb_rows lse, cmb_rows from, int64_t dim, cmb_rows to, bool add);
+    /* Zeros in the block's rows, which are stale no longer. */
+    void (*clear)(cmb_rows rows, int64_t block);
+    /* Adds the gradients of the first n regions, but of those without an lse. */
+    void (*begin_gradient)(int64_t n, cmb_rows lse, cmb_rows from, cmb_rows to);
 } cmb_stage_table;
 
 /* For the instruction set in force. */

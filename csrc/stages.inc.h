@@ -139,6 +139,22 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
 
 static inline REAL *at(cmb_rows rows, int64_t x) { return (REAL *)rows.data + x * rows.row; }
 
+static void clear(cmb_rows rows, int64_t block) {
+    const int64_t first = block * CMB_BLOCK_ROWS,
+                  end = first + CMB_BLOCK_ROWS < rows.count ? first + CMB_BLOCK_ROWS : rows.count;
+    for (int64_t x = first; x < end; x++)
+        memset(at(rows, x), 0, (size_t)rows.dim * sizeof(REAL));
+    if (rows.stale)
+        rows.stale[block] = 0;
+}
+
+/* A row of a gradient that is to be read or added to. */
+static inline REAL *sum_at(cmb_rows rows, int64_t x) {
+    if (rows.stale && rows.stale[x / CMB_BLOCK_ROWS])
+        clear(rows, x / CMB_BLOCK_ROWS);
+    return at(rows, x);
+}
+
 static inline int32_t element(const cmb_plan *plan, cmb_list list, int32_t t) {
     return list.step ? list.start + list.step * t : plan->index[list.start + t];
 }
@@ -190,7 +206,7 @@ static inline int32_t *pick_of(const cmb_head *head, cmb_scratch *w, int64_t x) 
 /* Row x of queries or of keys (or of their gradients), scratch rows included. */
 static inline REAL *pool_row(const cmb_head *head, cmb_rows own, cmb_rows regions, REAL *scratch, int64_t x) {
     const int64_t r = x - head->L, R = head->plan->R;
-    return x < head->L ? at(own, x) : r < R ? at(regions, r) : scratch + (r - R) * head->D;
+    return x < head->L ? sum_at(own, x) : r < R ? sum_at(regions, r) : scratch + (r - R) * head->D;
 }
 
 /* Positions below the children of a pool step; in w->weight each child's, when there are any dead or means. */
@@ -297,9 +313,9 @@ static void pool_backward(const cmb_head *head, int32_t task, cmb_scratch *w) {
         if (plan->pooling == CMB_POOL_FIRST) {
             const int64_t r = step->row - head->L;
             if (r < plan->R && head->pick_query)
-                add_row(w, head->D, 1, at(head->grad.region_query, r), at(head->grad.query, head->pick[r]));
+                add_row(w, head->D, 1, sum_at(head->grad.region_query, r), sum_at(head->grad.query, head->pick[r]));
             if (r < plan->R && head->pick_key)
-                add_row(w, head->D, 1, at(head->grad.region_key, r), at(head->grad.key, head->pick[r]));
+                add_row(w, head->D, 1, sum_at(head->grad.region_key, r), sum_at(head->grad.key, head->pick[r]));
             continue;
         }
         if (head->pool_query)
@@ -365,8 +381,8 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
                 w->lanes[n + i] = mask ? mask[t->next + i] & t->all : t->all;
             }
             for (int i = 0; w->backward && i < taken; i++) {
-                w->dkey[n + i] = at(head->grad.key, x + run->row.step * i);
-                w->dvalue[n + i] = at(head->grad.value, x + run->row.step * i);
+                w->dkey[n + i] = sum_at(head->grad.key, x + run->row.step * i);
+                w->dvalue[n + i] = sum_at(head->grad.value, x + run->row.step * i);
             }
             n += taken;
             t->next += taken;
@@ -382,8 +398,8 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
                 w->bias[n] = plan->size_bias && r >= 0 ? log2((double)head->count[r]) : 0;
                 w->lanes[n] = mask ? mask[t->next] & t->all : t->all;
                 if (w->backward) {
-                    w->dkey[n] = r < 0 ? at(head->grad.key, x) : at(head->grad.region_key, r);
-                    w->dvalue[n] = r < 0 ? at(head->grad.value, x) : at(head->grad.region_value, r);
+                    w->dkey[n] = r < 0 ? sum_at(head->grad.key, x) : sum_at(head->grad.region_key, r);
+                    w->dvalue[n] = r < 0 ? sum_at(head->grad.value, x) : sum_at(head->grad.region_value, r);
                 }
                 n++;
             }
@@ -721,9 +737,9 @@ static bool begin_lane(const cmb_head *head, const tile_state *t, int lane, REAL
     const REAL lse = *lse_of(head, x);
     *lse2 = *delta = 0;
     w->lane_in[lane] = query_row(head, element(head->plan, t->tile->query, live_lane(t, lane)));
-    w->lane_out[lane] = r < 0 ? at(head->grad.query, x) : at(head->grad.region_query, r);
-    w->grad_in[lane] = r < 0 ? at(head->grad.out, x) : at(head->grad.region_value, r);
-    w->key_grad_in[lane] = t->weighted ? at(head->grad.region_key, r) : NULL;
+    w->lane_out[lane] = r < 0 ? sum_at(head->grad.query, x) : sum_at(head->grad.region_query, r);
+    w->grad_in[lane] = r < 0 ? at(head->grad.out, x) : sum_at(head->grad.region_value, r);
+    w->key_grad_in[lane] = t->weighted ? sum_at(head->grad.region_key, r) : NULL;
     if (lse == -infinity)
         return false;
     const REAL *result = result_row(head, x);
@@ -850,11 +866,6 @@ static void begin(int64_t n, cmb_rows lse) {
         *at(lse, x) = -infinity;
 }
 
-static void clear(cmb_rows rows, int64_t n, int64_t dim) {
-    for (int64_t x = 0; x < n; x++)
-        memset(at(rows, x), 0, (size_t)dim * sizeof(REAL));
-}
-
 static void finish(int64_t n, cmb_rows lse, cmb_rows rows, int64_t dim, cmb_rows more, int64_t more_dim) {
     for (int64_t x = 0; x < n; x++) {
         REAL *value = at(lse, x);
@@ -877,13 +888,13 @@ static void copy_region_keys(const cmb_head *head, int64_t n, cmb_rows to) {
     }
 }
 
-static void begin_gradient(int64_t n, cmb_rows lse, cmb_rows from, int64_t dim, cmb_rows to, bool add) {
+static void begin_gradient(int64_t n, cmb_rows lse, cmb_rows from, cmb_rows to) {
     for (int64_t x = 0; x < n; x++) {
-        const bool enters = from.data && *at(lse, x) != -infinity;
-        if (!add)
-            memset(at(to, x), 0, (size_t)dim * sizeof(REAL));
-        for (int64_t d = 0; enters && d < dim; d++)
-            at(to, x)[d] += at(from, x)[d];
+        if (*at(lse, x) == -infinity)
+            continue;
+        REAL *sum = sum_at(to, x);
+        for (int64_t d = 0; d < to.dim; d++)
+            sum[d] += at(from, x)[d];
     }
 }
 
