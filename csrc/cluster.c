@@ -20,10 +20,9 @@ typedef struct {
 } request;
 
 enum {
-    LANES = 64,        /* rows whose similarities are computed together */
-    SAMPLE = 16,       /* rows that k-means++ chooses among, for each cluster */
-    TASK_ROWS = 512,   /* rows of a task, */
-    TASK_CLUSTERS = 8, /* or clusters whose centroids it moves */
+    LANES = 64,      /* rows whose similarities are computed together */
+    SAMPLE = 16,     /* rows that k-means++ chooses among, for each cluster */
+    TASK_ROWS = 512, /* rows of a task */
     ROWS_BETWEEN_POLLS = 1 << 16,
 };
 

@@ -3,19 +3,22 @@
  * Spherical k-means for one type (REAL, SUFFIX, BITS: as many bits unsigned). A head goes through phases, each of
  * which all heads in flight go through together:
  *
- *   normalise   rows at unit length                            by blocks of rows
- *   sow         k-means++                                      by heads
- *   label       the most similar centroid of each row          by blocks of rows
- *   collect     the rows of each cluster                       by heads
- *   move        each centroid to its rows                      by blocks of clusters
- *   balance     clusters of equal sizes                        by heads
- *   finish      results                                        by heads
+ *   normalise      rows at unit length                   a task: a block of rows
+ *   sow, or read   centroids by k-means++, or as given           a head
+ *   label          the most similar centroid of each row         a block of rows
+ *   collect        the rows of each cluster                      a head
+ *   move           each centroid to its rows                     a cluster
+ *   balance        clusters of equal sizes                       a head
+ *   finish         results                                       a head
  *
  * Similarities are tiles as in attention: lanes are rows, packed transposed, against centroids a chunk at a time. A
  * sum over rows runs in the rows' order, in chunks of LANES, by one thread: blocks and threads decide no bit.
  */
 #define N(name) NAME2(name, SUFFIX)
 #define KERNELS NAME2(cmb_kernels, SUFFIX)
+#define schedule NAME2(schedule, SUFFIX)
+#define head_state NAME2(head_state, SUFFIX)
+#define worker_state NAME2(worker_state, SUFFIX)
 #define CHUNK (384 / (int)sizeof(REAL)) /* centroids, so that similarities and rows share the first-level cache */
 
 /* One head in flight. */
@@ -34,7 +37,7 @@ typedef struct {
     int32_t *open;       /* [n] clusters with room */
     atomic_bool changed; /* a label did in this round */
     bool settled;        /* none did in the last one, nor will in a later one */
-} N(head);
+} head_state;
 
 /* One worker's memory. */
 typedef struct {
@@ -50,27 +53,27 @@ typedef struct {
     const REAL **sample_row; /* [D] */
     REAL *s;                 /* [CHUNK, or n where balanced][LANES] similarities */
     REAL *sum, *mean;        /* [D] */
-} N(scratch);
+} worker_state;
 
 typedef struct {
     const request *request;
     const cmb_clustering *problem;
     const KERNELS *kernel;
     int64_t units, slots, first, flying; /* heads: all, in flight at once; the group at hand */
-    int64_t row_tasks, cluster_tasks;    /* of a head */
+    int64_t row_tasks;                   /* of a head */
     bool margins;                        /* are wanted with the labels */
     int workers;
     cmb_cancel *cancel;
-    N(head) * head;        /* [slots] */
-    N(scratch) * *scratch; /* [workers] */
-} N(schedule);
+    head_state *head;       /* [slots] */
+    worker_state **scratch; /* [workers] */
+} schedule;
 
 /* True now and then where the call was cancelled: the condition to leave a loop over rows. */
-static bool N(leave)(const N(schedule) * run, int64_t i, int worker) {
+static bool N(leave)(const schedule *run, int64_t i, int worker) {
     return i % ROWS_BETWEEN_POLLS == 0 && cmb_cancelled(run->cancel, worker);
 }
 
-static REAL *N(array_row)(const N(schedule) * run, const cmb_array *array, int64_t slot, int64_t x) {
+static REAL *N(array_row)(const schedule *run, const cmb_array *array, int64_t slot, int64_t x) {
     const int64_t unit = run->first + slot, H = run->problem->H;
     return (REAL *)array->data + unit / H * array->batch + unit % H * array->head + x * array->row;
 }
@@ -103,17 +106,17 @@ static bool N(direct)(const KERNELS *kernel, int64_t D, const REAL *from, REAL *
     return true;
 }
 
-static void N(place)(const N(schedule) * run, N(head) * head, int64_t c, const REAL *from) {
+static void N(place)(const schedule *run, head_state *head, int64_t c, const REAL *from) {
     const int64_t D = run->problem->D;
     memcpy(head->centroid + c * D, from, (size_t)D * sizeof(REAL));
     N(direct)(run->kernel, D, from, head->direction + c * D);
 }
 
 static void N(normalise)(void *context, int64_t index, int worker) {
-    const N(schedule) *run = context;
+    const schedule *run = context;
     const cmb_clustering *p = run->problem;
     const int64_t slot = index / run->row_tasks, a = index % run->row_tasks * TASK_ROWS, D = p->D;
-    N(head) *head = &run->head[slot];
+    head_state *head = &run->head[slot];
     for (int64_t i = a; i < a + TASK_ROWS && i < p->L && !(i % LANES == 0 && cmb_cancelled(run->cancel, worker)); i++) {
         head->live[i] = N(direct)(run->kernel, D, N(array_row)(run, &p->x, slot, i), head->unit + i * D);
         head->label[i] = -1;
@@ -122,9 +125,9 @@ static void N(normalise)(void *context, int64_t index, int worker) {
 
 /* The given centroids and clusters. */
 static void N(read)(void *context, int64_t slot, int worker) {
-    const N(schedule) *run = context;
+    const schedule *run = context;
     const cmb_clustering *p = run->problem;
-    N(head) *head = &run->head[slot];
+    head_state *head = &run->head[slot];
     for (int64_t c = 0; c < p->n && !(c % LANES == 0 && cmb_cancelled(run->cancel, worker)); c++)
         N(place)(run, head, c, N(array_row)(run, &p->centroids, slot, c));
     for (int64_t i = 0; run->request->operation == UPDATE && i < p->L && !N(leave)(run, i, worker); i++)
@@ -135,9 +138,9 @@ static void N(read)(void *context, int64_t slot, int worker) {
 
 /* For each of the lanes: the most similar of the first m of the centroids, or of those listed in `open`, in which case
  * their similarities stay in s. */
-static bool N(compare)(const N(schedule) * run, const N(head) * head, int lanes, int64_t m, const int32_t *open,
+static bool N(compare)(const schedule *run, const head_state *head, int lanes, int64_t m, const int32_t *open,
                        int worker) {
-    N(scratch) *w = run->scratch[worker];
+    worker_state *w = run->scratch[worker];
     const int64_t D = run->problem->D;
     const bool second = run->margins && !open;
     run->kernel->pack(lanes, w->row, D, 1, LANES, w->packed);
@@ -178,11 +181,11 @@ static bool N(compare)(const N(schedule) * run, const N(head) * head, int lanes,
 }
 
 static void N(label)(void *context, int64_t index, int worker) {
-    const N(schedule) *run = context;
+    const schedule *run = context;
     const int64_t L = run->problem->L, D = run->problem->D, a = index % run->row_tasks * TASK_ROWS;
     const int64_t end = a + TASK_ROWS < L ? a + TASK_ROWS : L;
-    N(head) *head = &run->head[index / run->row_tasks];
-    N(scratch) *w = run->scratch[worker];
+    head_state *head = &run->head[index / run->row_tasks];
+    worker_state *w = run->scratch[worker];
     bool changed = false;
     for (int64_t i = a; i < end && !head->settled; i += LANES) {
         const int lanes = end - i < LANES ? (int)(end - i) : LANES;
@@ -204,7 +207,7 @@ static void N(label)(void *context, int64_t index, int worker) {
 /* ---- centroids ---------------------------------------------------------------------------------- */
 
 /* Selection sampling: `size` of the live rows, in order. */
-static bool N(draw_sample)(const N(schedule) * run, N(head) * head, int64_t *size, int worker) {
+static bool N(draw_sample)(const schedule *run, head_state *head, int64_t *size, int worker) {
     const cmb_clustering *p = run->problem;
     int64_t live = 0, taken = 0;
     for (int64_t i = 0; i < p->L && !N(leave)(run, i, worker); i++)
@@ -223,15 +226,17 @@ static bool N(draw_sample)(const N(schedule) * run, N(head) * head, int64_t *siz
 /* k-means++: a row becomes a centroid with a chance in proportion to 1 - its similarity to the nearest one so far, half
  * the square of their distance. */
 static void N(sow)(void *context, int64_t slot, int worker) {
-    const N(schedule) *run = context;
+    const schedule *run = context;
     const cmb_clustering *p = run->problem;
     const int64_t D = p->D;
-    N(head) *head = &run->head[slot];
-    N(scratch) *w = run->scratch[worker];
+    head_state *head = &run->head[slot];
+    worker_state *w = run->scratch[worker];
     int64_t size;
     if (!N(draw_sample)(run, head, &size, worker))
         return;
-    for (int64_t j = 0; j < size && !cmb_cancelled(run->cancel, worker); j += LANES) {
+    for (int64_t j = 0; j < size; j += LANES) {
+        if (cmb_cancelled(run->cancel, worker))
+            return;
         const int lanes = size - j < LANES ? (int)(size - j) : LANES;
         for (int t = 0; t < lanes; t++) {
             w->row[t] = head->unit + head->member[j + t] * D;
@@ -272,16 +277,16 @@ static void N(sow)(void *context, int64_t slot, int worker) {
     }
 }
 
-static void N(settle)(N(head) * head) {
+static void N(settle)(head_state *head) {
     head->settled = !atomic_load_explicit(&head->changed, memory_order_relaxed);
     atomic_store_explicit(&head->changed, false, memory_order_relaxed);
 }
 
 /* Counting sort of the live rows by label. */
 static void N(collect)(void *context, int64_t slot, int worker) {
-    const N(schedule) *run = context;
+    const schedule *run = context;
     const int64_t L = run->problem->L, n = run->problem->n;
-    N(head) *head = &run->head[slot];
+    head_state *head = &run->head[slot];
     int32_t *end = head->first + 1; /* of cluster c: its beginning until its rows are placed */
     if (head->settled)
         return;
@@ -297,38 +302,36 @@ static void N(collect)(void *context, int64_t slot, int worker) {
 }
 
 static void N(move)(void *context, int64_t index, int worker) {
-    const N(schedule) *run = context;
+    const schedule *run = context;
     const KERNELS *kernel = run->kernel;
-    const int64_t n = run->problem->n, D = run->problem->D, a = index % run->cluster_tasks * TASK_CLUSTERS;
+    const int64_t c = index % run->problem->n, D = run->problem->D;
     const double decay = run->request->decay;
-    N(head) *head = &run->head[index / run->cluster_tasks];
-    N(scratch) *w = run->scratch[worker];
-    for (int64_t c = a; c < a + TASK_CLUSTERS && c < n && !head->settled; c++) {
-        const int64_t begin = head->first[c], end = head->first[c + 1];
-        for (int64_t i = begin; i < end; i += LANES) {
-            const int count = end - i < LANES ? (int)(end - i) : LANES;
-            const REAL *one = w->one;
-            if (cmb_cancelled(run->cancel, worker))
-                return;
-            for (int t = 0; t < count; t++)
-                w->row[t] = head->unit + head->member[i + t] * D;
-            kernel->product(1, D, count, &one, 1, w->row, &w->sum, 0, i > begin);
-        }
-        if (begin == end)
-            continue;
-        const REAL share[] = {(REAL)decay, (REAL)((1 - decay) / (double)(end - begin))}, *a_row = share;
-        const REAL *b_row[] = {head->centroid + c * D, w->sum};
-        kernel->product(1, D, 2, &a_row, 1, b_row, &w->mean, 0, false);
-        if (N(direct)(kernel, D, w->mean, w->sum))
-            N(place)(run, head, c, w->sum);
+    head_state *head = &run->head[index / run->problem->n];
+    worker_state *w = run->scratch[worker];
+    const int64_t begin = head->first[c], end = head->first[c + 1];
+    if (head->settled || begin == end)
+        return;
+    for (int64_t i = begin; i < end; i += LANES) {
+        const int count = end - i < LANES ? (int)(end - i) : LANES;
+        const REAL *one = w->one;
+        if (cmb_cancelled(run->cancel, worker))
+            return;
+        for (int t = 0; t < count; t++)
+            w->row[t] = head->unit + head->member[i + t] * D;
+        kernel->product(1, D, count, &one, 1, w->row, &w->sum, 0, i > begin);
     }
+    const REAL share[] = {(REAL)decay, (REAL)((1 - decay) / (double)(end - begin))}, *weight = share;
+    const REAL *row[] = {head->centroid + c * D, w->sum};
+    kernel->product(1, D, 2, &weight, 1, row, &w->mean, 0, false);
+    if (N(direct)(kernel, D, w->mean, w->sum))
+        N(place)(run, head, c, w->sum);
 }
 
 /* ---- clusters of equal sizes -------------------------------------------------------------------- */
 
 /* Radix sort of the rows by descending margin, of equals the first before: a margin is 0 or more, so that its bits are
  * in its order. The passes are even in number: the result is in `member`. */
-static bool N(sort)(const N(schedule) * run, N(head) * head, int worker) {
+static bool N(sort)(const schedule *run, head_state *head, int worker) {
     const int64_t L = run->problem->L;
     for (int64_t i = 0; i < L && !N(leave)(run, i, worker); i++)
         head->member[i] = (int32_t)i;
@@ -357,12 +360,12 @@ static bool N(sort)(const N(schedule) * run, N(head) * head, int worker) {
 }
 
 static void N(balance)(void *context, int64_t slot, int worker) {
-    const N(schedule) *run = context;
+    const schedule *run = context;
     const int64_t L = run->problem->L, n = run->problem->n, D = run->problem->D;
     const int32_t share = (int32_t)(L / n);
     int64_t extra = L % n; /* clusters that may yet take one more */
-    N(head) *head = &run->head[slot];
-    N(scratch) *w = run->scratch[worker];
+    head_state *head = &run->head[slot];
+    worker_state *w = run->scratch[worker];
     int32_t *size = head->first;
     if (!N(sort)(run, head, worker))
         return;
@@ -399,9 +402,9 @@ static void N(balance)(void *context, int64_t slot, int worker) {
 /* ---- all heads ---------------------------------------------------------------------------------- */
 
 static void N(finish)(void *context, int64_t slot, int worker) {
-    const N(schedule) *run = context;
+    const schedule *run = context;
     const cmb_clustering *p = run->problem;
-    const N(head) *head = &run->head[slot];
+    const head_state *head = &run->head[slot];
     const bool labels = run->request->operation != UPDATE && p->clusters;
     const bool centroids = run->request->operation != ASSIGN && p->new_centroids.data;
     for (int64_t c = 0; centroids && c < p->n && !N(leave)(run, c, worker); c++)
@@ -410,7 +413,7 @@ static void N(finish)(void *context, int64_t slot, int worker) {
         p->clusters[(run->first + slot) * p->L + i] = head->label[i];
 }
 
-static void N(take_memory)(N(schedule) * run, cmb_arena *arena) {
+static void N(take_memory)(schedule *run, cmb_arena *arena) {
     const request *r = run->request;
     const size_t L = (size_t)run->problem->L, D = (size_t)run->problem->D, n = (size_t)run->problem->n;
     const size_t most = L < SAMPLE * n ? L : SAMPLE * n, size = (most + LANES - 1) / LANES * LANES;
@@ -418,7 +421,7 @@ static void N(take_memory)(N(schedule) * run, cmb_arena *arena) {
     run->head = cmb_take(arena, (size_t)run->slots, sizeof *run->head);
     run->scratch = cmb_take(arena, (size_t)run->workers, sizeof *run->scratch);
     for (int64_t i = 0; i < run->slots && !arena->overflow; i++) {
-        N(head) h = {.unit = cmb_take(arena, L, D * sizeof(REAL))};
+        head_state h = {.unit = cmb_take(arena, L, D * sizeof(REAL))};
         h.live = cmb_take(arena, L, sizeof *h.live);
         h.label = cmb_take(arena, L, sizeof *h.label);
         h.member = cmb_take(arena, L, sizeof *h.member);
@@ -438,7 +441,7 @@ static void N(take_memory)(N(schedule) * run, cmb_arena *arena) {
             memcpy(&run->head[i], &h, sizeof h);
     }
     for (int i = 0; i < run->workers; i++) {
-        N(scratch) *w = cmb_take(arena, 1, sizeof *w);
+        worker_state *w = cmb_take(arena, 1, sizeof *w);
         REAL *packed = cmb_take(arena, D * LANES, sizeof(REAL));
         REAL *s = cmb_take(arena, chunk, LANES * sizeof(REAL));
         REAL *sum = cmb_take(arena, D, sizeof(REAL)), *mean = cmb_take(arena, D, sizeof(REAL));
@@ -460,12 +463,12 @@ static void N(take_memory)(N(schedule) * run, cmb_arena *arena) {
     }
 }
 
-static void N(each)(N(schedule) * run, int64_t parts, cmb_body body) {
+static void N(each)(schedule *run, int64_t parts, cmb_body body) {
     cmb_parallel_for(run->flying * parts, run->workers, body, run, run->cancel);
 }
 
 /* Rounds of k-means: after one in which no label changed, no later one changes anything. */
-static void N(iterate)(N(schedule) * run) {
+static void N(iterate)(schedule *run) {
     bool settled = false;
     for (int64_t round = 0; round < run->request->iterations && !settled && !cmb_cancelled(run->cancel, 0); round++) {
         N(each)(run, run->row_tasks, N(label));
@@ -475,11 +478,11 @@ static void N(iterate)(N(schedule) * run) {
             settled &= run->head[slot].settled;
         }
         N(each)(run, 1, N(collect));
-        N(each)(run, run->cluster_tasks, N(move));
+        N(each)(run, run->problem->n, N(move));
     }
 }
 
-static void N(run_group)(N(schedule) * run) {
+static void N(run_group)(schedule *run) {
     const request *r = run->request;
     run->margins = false;
     for (int64_t slot = 0; slot < run->flying; slot++) {
@@ -492,7 +495,7 @@ static void N(run_group)(N(schedule) * run) {
         N(iterate)(run);
     if (r->operation == UPDATE) {
         N(each)(run, 1, N(collect));
-        N(each)(run, run->cluster_tasks, N(move));
+        N(each)(run, run->problem->n, N(move));
     } else if (run->problem->clusters) {
         run->margins = r->balanced;
         for (int64_t slot = 0; slot < run->flying; slot++)
@@ -508,12 +511,11 @@ static cmb_status N(execute)(const request *r, cmb_error *error) {
     const cmb_clustering *p = r->problem;
     cmb_cancel cancel;
     cmb_arena arena = {0};
-    N(schedule) run = {.request = r, .problem = p, .units = p->B * p->H, .cancel = &cancel};
+    schedule run = {.request = r, .problem = p, .units = p->B * p->H, .cancel = &cancel};
     const double work = (double)run.units * (double)p->L * (double)p->D * (double)p->n;
     run.kernel = NAME2(cmb_kernels_in_force, SUFFIX)();
     run.workers = work < worth_a_thread ? 1 : cmb_get_num_threads();
     run.row_tasks = (p->L + TASK_ROWS - 1) / TASK_ROWS;
-    run.cluster_tasks = (p->n + TASK_CLUSTERS - 1) / TASK_CLUSTERS;
     const int64_t bytes = (p->L + p->n) * p->D * (int64_t)sizeof(REAL);
     run.slots = bytes_in_flight / bytes > run.workers ? bytes_in_flight / bytes : run.workers;
     run.slots = run.slots < run.units ? run.slots : run.units;
@@ -540,4 +542,7 @@ static cmb_status N(execute)(const request *r, cmb_error *error) {
 
 #undef N
 #undef KERNELS
+#undef schedule
+#undef head_state
+#undef worker_state
 #undef CHUNK
