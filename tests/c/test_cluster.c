@@ -36,7 +36,7 @@ typedef struct {
 } request;
 
 static const request small = {.dtype = CMB_FLOAT64, .B = 2, .H = 2, .L = 70, .D = 5, .n = 6};
-static const request large = {.dtype = CMB_FLOAT32, .B = 2, .H = 3, .L = 1100, .D = 20, .n = 50};
+static const request large = {.dtype = CMB_FLOAT32, .B = 2, .H = 3, .L = 600, .D = 12, .n = 30};
 
 /* A problem and its memory: x, centroids, new_centroids, clusters. */
 typedef struct {
@@ -434,7 +434,7 @@ static void instruction_sets(void) {
         for (int dtype = 0; dtype < 2; dtype++) {
             request asked = large;
             asked.dtype = (cmb_dtype)dtype;
-            asked.D = 37;
+            asked.D = 21;
             fixture *known = NULL; /* of the first with FMA */
             for (int isa = cmb_isa_count() > 1; isa < cmb_isa_count(); isa++) {
                 CHECK(cmb_set_isa(cmb_isa_name(isa), NULL) == CMB_OK);
@@ -596,8 +596,15 @@ static double seconds(void) {
 
 /* A call of seconds ends soon after its poll says so, and the next one is right. */
 static void cancel(void) {
-    const request asked = {.dtype = CMB_FLOAT64, .B = 1, .H = 2, .L = 60000, .D = 64, .n = 20000};
+    enum { TIMES = 2000 };
+    const request asked = {.dtype = CMB_FLOAT64, .B = 1, .H = 1, .L = 2000, .D = 32, .n = 500};
     fixture *f = new_fixture(asked), *right = new_fixture(large);
+    f->problem.B = TIMES; /* of one and the same */
+    f->problem.x.batch = f->problem.centroids.batch = 0;
+    f->problem.new_centroids.data = NULL;
+    free(f->memory[3]);
+    f->memory[3] = f->problem.clusters = calloc(TIMES, f->bytes[3]);
+    CHECK(f->problem.clusters);
     run(right, CLUSTER);
     for (int count = 1; count <= 3; count += 2)
         for (which_call which = 0; which < UPDATE; which++) {
