@@ -9,6 +9,8 @@ batch that it trains on. Letters: L rows, D features, n clusters. What every fun
   without a copy as long as its last axis is contiguous. Inputs are never written.
 - A row's direction is the row at unit length. A row of zeros, or with a NaN or Inf, has none: it is as similar, 0, to
   every centroid, and moves none. The similarity of a row and a centroid is the dot product of their directions.
+- What k-means or a balanced assignment makes of a row depends on all rows. A causal model, which must not see what
+  follows, wants `assign_clusters`, not balanced, with centroids from elsewhere: each row is then assigned alone.
 - Ctrl-C, threads, bits and errors as in `combiner.attention`: the same bits for any number of threads, leading axes
   and memory layout.
 """

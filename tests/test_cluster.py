@@ -17,7 +17,7 @@ import pytest
 from cases import each_isa
 from fresh import fresh_process
 from test_bits import layouts
-from test_faults import content, seconds_to_end
+from test_faults import _testcapi, content, seconds_to_end
 
 import combiner
 from combiner import Routing, _core, assign_clusters, cluster, fit_centroids, reference, update_centroids
@@ -267,6 +267,14 @@ def test_fewer_rows_than_clusters(rng, dtype):
     np.testing.assert_array_equal(cluster(x, 3), 0)
 
 
+def test_rows_are_assigned_alone(rng):
+    """What a causal model relies on: a row's cluster depends on no other row."""
+    x, centroids = normal(rng, 600, 9, dtype=np.float32), normal(rng, 120, 9, dtype=np.float32)
+    clusters = assign_clusters(x, centroids)
+    for rows in (slice(0, 1), slice(0, 599), slice(70, 133), slice(None, None, -7)):
+        np.testing.assert_array_equal(assign_clusters(x[rows], centroids), clusters[rows])
+
+
 def test_ties_go_to_the_first_centroid(rng):
     x, centroids = normal(rng, 300, 4, dtype=np.float32), normal(rng, 150, 4, dtype=np.float32)
     twice = np.concatenate([centroids, centroids[::-1], centroids])
@@ -510,6 +518,31 @@ def test_every_allocation_failing():
                     assert content(result) == expected
                     break
             assert failures == 1, name  # all memory is one block
+
+
+@pytest.mark.skipif(_testcapi is None, reason="this Python has no _testcapi")
+@fresh_process(COMBINER_TEST_ALLOCATOR="1")
+def test_every_allocation_of_python_failing():
+    failures = 0
+    for name, operation in operations().items():
+        expected = content(operation())
+        held = _core._live_bytes()
+        for lasts in (1, 0):  # one allocation, or all from the k-th on
+            for k in itertools.count(1):
+                result = None
+                try:
+                    _testcapi.set_nomemory(k, lasts and k + 1)
+                    result = operation()
+                except MemoryError:
+                    _testcapi.remove_mem_hooks()
+                    failures += 1
+                    assert _core._live_bytes() == held, (name, k, "leaked")
+                _testcapi.remove_mem_hooks()
+                if result is not None:
+                    assert content(result) == expected, (name, k)
+                    break
+        assert content(operation()) == expected, (name, "the next call")
+    assert failures >= 5
 
 
 @pytest.mark.parametrize("threads", (1, 4))
