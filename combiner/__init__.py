@@ -2,6 +2,7 @@
 """Combiner: full attention at sub-quadratic cost, for the CPU (Ren et al., NeurIPS 2021, arXiv 2107.05768)."""
 
 from . import _core
+from .clustering import assign_clusters, cluster, fit_centroids, update_centroids
 from .functional import (
     AttendGradients,
     Gradients,
@@ -37,6 +38,7 @@ __all__ = [
     "Routing",
     "Summary",
     "Tree",
+    "assign_clusters",
     "attend",
     "attend_backward",
     "attend_forward",
@@ -44,6 +46,8 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "attention_weights",
+    "cluster",
+    "fit_centroids",
     "get_num_threads",
     "info",
     "merge",
@@ -54,4 +58,5 @@ __all__ = [
     "summarize",
     "summarize_backward",
     "summarize_forward",
+    "update_centroids",
 ]

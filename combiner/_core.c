@@ -560,15 +560,16 @@ enum {
 };
 
 /* Extents that a shape leaves open, and how messages call them. */
-enum { KEY_HEADS = -1, EITHER_HEADS = -2, VALUE_FEATURES = -3 };
-static const char *const open_extent[] = {NULL, "Hk", "Hk or Hq", "Dv"};
+enum { KEY_HEADS = -1, EITHER_HEADS = -2, VALUE_FEATURES = -3, CLUSTERS = -4 };
+static const char *const open_extent[] = {NULL, "Hk", "Hk or Hq", "Dv", "n"};
 
-/* One call: the problem and what keeps its pointers alive. Array shapes are the query's leading axes, then heads,
- * rows and features; where the query is [L, D] there are neither leading axes nor heads. */
+/* One call: the problem and what keeps its pointers alive. Array shapes are the leader's leading axes, then heads,
+ * rows and features; where the leader is [L, D] there are neither leading axes nor heads. */
 typedef struct {
     const module_state *state;
     cmb_problem problem;
-    int axes; /* of the query */
+    const char *leader; /* the array whose type and leading axes the others follow: "query" or "x" */
+    int axes;           /* of it */
     npy_intp lead[MAX_AXES];
     int type;
     npy_intp itemsize;
@@ -647,8 +648,9 @@ static void raise_shape(const char *name, int axes, const npy_intp *expected, Py
 }
 
 static const char real_array[] = "a float32 or float64 NumPy array";
+static const char integer_array[] = "a NumPy array of integers";
 
-/* Type and byte order: the query's decide, the others' must be the same. */
+/* Type and byte order: the leader's decide, the others' must be the same. */
 static bool check_type(call *c, PyArrayObject *array, const char *name) {
     int type = PyArray_TYPE(array);
     if (type != NPY_FLOAT32 && type != NPY_FLOAT64) {
@@ -664,8 +666,8 @@ static bool check_type(call *c, PyArrayObject *array, const char *name) {
         c->itemsize = type == NPY_FLOAT32 ? 4 : 8;
         c->problem.dtype = type == NPY_FLOAT32 ? CMB_FLOAT32 : CMB_FLOAT64;
     } else if (type != c->type) {
-        PyErr_Format(PyExc_TypeError, "%s must be %s like query, got %S", name,
-                     c->type == NPY_FLOAT32 ? "float32" : "float64", PyArray_DESCR(array));
+        PyErr_Format(PyExc_TypeError, "%s must be %s like %s, got %S", name,
+                     c->type == NPY_FLOAT32 ? "float32" : "float64", c->leader, PyArray_DESCR(array));
         return false;
     }
     return true;
@@ -782,27 +784,28 @@ static bool check_features(const char *name, int64_t features) {
 }
 
 /* The leading axes, type and sizes that all other arrays go by. */
-static bool read_query(call *c, PyObject *object) {
+static bool read_leader(call *c, PyObject *object, const char *name, const char *shape) {
     cmb_problem *p = &c->problem;
-    PyArrayObject *query = hold(c, to_array(object, "query", real_array), "query");
-    if (!query || !check_type(c, query, "query"))
+    PyArrayObject *array = hold(c, to_array(object, name, real_array), name);
+    if (!array || !check_type(c, array, name))
         return false;
-    c->axes = PyArray_NDIM(query);
+    c->leader = name;
+    c->axes = PyArray_NDIM(array);
     if (c->axes < 2) {
-        PyErr_Format(PyExc_ValueError, "query must have shape (..., Hq, L, D) or (L, D), got %d axes", c->axes);
+        PyErr_Format(PyExc_ValueError, "%s must have shape %s, got %d axes", name, shape, c->axes);
         return false;
     }
     p->B = 1;
     for (int a = 0; a < c->axes - 3; a++) {
-        c->lead[a] = PyArray_DIM(query, a);
+        c->lead[a] = PyArray_DIM(array, a);
         if (__builtin_mul_overflow(p->B, (int64_t)c->lead[a], &p->B)) {
-            PyErr_SetString(PyExc_OverflowError, "query has more batch entries than can be counted");
+            PyErr_Format(PyExc_OverflowError, "%s has more batch entries than can be counted", name);
             return false;
         }
     }
-    p->L = PyArray_DIM(query, c->axes - 2);
-    p->D = PyArray_DIM(query, c->axes - 1);
-    if (!check_features("query", p->D) || !view_array(c, query, true, &p->query))
+    p->L = PyArray_DIM(array, c->axes - 2);
+    p->D = PyArray_DIM(array, c->axes - 1);
+    if (!check_features(name, p->D) || !view_array(c, array, true, &p->query))
         return false;
     p->Hq = p->query.heads;
     return true;
@@ -836,15 +839,22 @@ static double default_scale(int64_t D) {
     return scale;
 }
 
+static bool read_number(PyObject *object, const char *name, const char *expected, double *number) {
+    *number = PyFloat_AsDouble(object);
+    if (!PyErr_Occurred())
+        return true;
+    if (PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_ValueError))
+        raise_type(name, expected, object);
+    else if (PyErr_ExceptionMatches(PyExc_OverflowError))
+        PyErr_Format(PyExc_ValueError, "%s must be finite, got an int beyond float64", name);
+    return false;
+}
+
 static bool read_scale(call *c, PyObject *scale) {
-    c->problem.scale = scale == Py_None ? default_scale(c->problem.D) : PyFloat_AsDouble(scale);
-    if (PyErr_Occurred()) {
-        if (PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_ValueError))
-            raise_type("scale", "a number or None", scale);
-        else if (PyErr_ExceptionMatches(PyExc_OverflowError))
-            PyErr_SetString(PyExc_ValueError, "scale must be finite, got an int beyond float64");
+    if (scale == Py_None)
+        c->problem.scale = default_scale(c->problem.D);
+    else if (!read_number(scale, "scale", "a number or None", &c->problem.scale))
         return false;
-    }
     if (!isfinite(c->problem.scale)) {
         PyErr_Format(PyExc_ValueError, "scale must be finite, got %S", scale);
         return false;
@@ -1081,16 +1091,15 @@ static bool read_out(call *c, PyObject *object, npy_intp heads, npy_intp rows, n
     return describe(c, out, true, view) || new_array(c, heads, rows, features, view, stand_in);
 }
 
-/* All that forward and backward have in common. */
-enum {
-    INPUTS = 11
-}; /* query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens, region_query, region_key,
-    * dropout */
+/* All that forward and backward have in common: query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens,
+ * region_query, region_key, dropout. */
+enum { INPUTS = 11 };
 
 static bool read_problem(call *c, int stages, PyObject *const input[INPUTS]) {
     cmb_problem *p = &c->problem;
     p->stages = (cmb_stages)stages;
-    return read_query(c, input[0]) && read_key_and_value(c, input[1], input[2]) && read_cu_seqlens(c, input[7]) &&
+    return read_leader(c, input[0], "query", "(..., Hq, L, D) or (L, D)") &&
+           read_key_and_value(c, input[1], input[2]) && read_cu_seqlens(c, input[7]) &&
            read_pattern(c, input[3], input[4]) && read_scale(c, input[5]) && read_key_mask(c, input[6]) &&
            read_dropout(c, input[10]) &&
            read_optional(c, input[8], "region_query", p->Hq, c->R, p->D, &p->region_query) &&
@@ -1234,6 +1243,151 @@ end:
     return result;
 }
 
+/* ---- clusters ----------------------------------------------------------------------------------- */
+
+/* x `[..., H, L, D]` or `[L, D]`; its number of heads is called Hq in the call. */
+static bool read_rows(call *c, PyObject *x, cmb_clustering *p) {
+    if (!read_leader(c, x, "x", "(..., L, D)"))
+        return false;
+    const cmb_problem *q = &c->problem;
+    *p = (cmb_clustering){.dtype = q->dtype, .B = q->B, .H = q->Hq, .L = q->L, .D = q->D, .x = q->query};
+    return true;
+}
+
+/* Their number is what the axis before the last of the array holds. */
+static bool read_centroids(call *c, PyObject *object, cmb_clustering *p) {
+    PyArrayObject *array = hold(c, to_array(object, "centroids", real_array), "centroids");
+    if (!array || !check_type(c, array, "centroids"))
+        return false;
+    npy_intp expected[MAX_AXES];
+    int axes = shape_of(c, p->H, CLUSTERS, p->D, expected);
+    if (!check_shape(c, array, "centroids", axes, expected))
+        return false;
+    p->n = PyArray_DIM(array, axes - 2);
+    if (p->n < 1) {
+        PyErr_SetString(PyExc_ValueError, "centroids must be at least 1 for each head, got 0");
+        return false;
+    }
+    return view_array(c, array, true, &p->centroids);
+}
+
+/* A copy: the library relies on what it has checked. */
+static bool read_clusters(call *c, PyObject *object, cmb_clustering *p) {
+    PyArrayObject *array = hold(c, to_array(object, "clusters", integer_array), "clusters");
+    if (!array)
+        return false;
+    if (!PyArray_ISINTEGER(array)) {
+        PyErr_Format(PyExc_TypeError, "clusters must be %s, got %S", integer_array, PyArray_DESCR(array));
+        return false;
+    }
+    npy_intp expected[MAX_AXES];
+    int axes = shape_of(c, p->H, p->L, NO_FEATURES, expected);
+    if (!check_shape(c, array, "clusters", axes, expected))
+        return false;
+    PyObject *copy = PyArray_FromAny((PyObject *)array, PyArray_DescrFromType(NPY_INT64), 0, 0,
+                                     NPY_ARRAY_CARRAY | NPY_ARRAY_ENSURECOPY | NPY_ARRAY_FORCECAST, NULL);
+    if (!hold(c, copy, NULL))
+        return false;
+    p->clusters = data_of(copy);
+    return true;
+}
+
+static PyObject *new_clusters(call *c, cmb_clustering *p) {
+    npy_intp shape[MAX_AXES];
+    int axes = shape_of(c, p->H, p->L, NO_FEATURES, shape);
+    PyObject *array = hold(c, PyArray_SimpleNew(axes, shape, NPY_INT64), NULL);
+    if (array)
+        p->clusters = data_of(array);
+    return array;
+}
+
+PyDoc_STRVAR(cluster_doc, "cluster($module, x, n, iterations, seed, balanced, centroids, /)\n--\n\n"
+                          "Return the clusters that k-means makes or, if asked, its centroids.");
+
+static PyObject *cluster(PyObject *module, PyObject *args) {
+    long long n, iterations, seed;
+    PyObject *x, *balanced, *result = NULL;
+    int wants_centroids;
+    if (!PyArg_ParseTuple(args, "OLLLOp:cluster", &x, &n, &iterations, &seed, &balanced, &wants_centroids))
+        return NULL;
+    call c = {.state = state_of(module), .type = NPY_NOTYPE};
+    cmb_clustering p;
+    bool is_balanced;
+    cmb_error error;
+    if (!read_rows(&c, x, &p) || !read_flag(balanced, "balanced", &is_balanced))
+        goto end;
+    if (p.L > 0 && n > p.L) { /* before an array of n is made */
+        PyErr_Format(PyExc_ValueError, "n must be at most the length of x, %lld, got %lld", (long long)p.L, n);
+        goto end;
+    }
+    p.n = n;
+    PyObject *made;
+    if (!wants_centroids)
+        made = new_clusters(&c, &p);
+    else if (!new_array(&c, p.H, n, p.D, &p.new_centroids, &made))
+        made = NULL;
+    if (!made)
+        goto end;
+    PyThreadState *thread = PyEval_SaveThread();
+    cmb_interrupt interrupt = {poll_signals, &thread};
+    cmb_status status = cmb_cluster(&p, iterations, (uint64_t)seed, is_balanced, &interrupt, &error);
+    PyEval_RestoreThread(thread);
+    if (raise_status(status, &error))
+        result = Py_NewRef(made);
+end:
+    end_call(&c);
+    return result;
+}
+
+PyDoc_STRVAR(assign_doc, "assign($module, x, centroids, balanced, /)\n--\n\nReturn the cluster of each row.");
+
+static PyObject *assign(PyObject *module, PyObject *args) {
+    PyObject *x, *centroids, *balanced, *made, *result = NULL;
+    if (!PyArg_ParseTuple(args, "OOO:assign", &x, &centroids, &balanced))
+        return NULL;
+    call c = {.state = state_of(module), .type = NPY_NOTYPE};
+    cmb_clustering p;
+    bool is_balanced;
+    cmb_error error;
+    if (!read_rows(&c, x, &p) || !read_centroids(&c, centroids, &p) || !read_flag(balanced, "balanced", &is_balanced) ||
+        !(made = new_clusters(&c, &p)))
+        goto end;
+    PyThreadState *thread = PyEval_SaveThread();
+    cmb_interrupt interrupt = {poll_signals, &thread};
+    cmb_status status = cmb_assign(&p, is_balanced, &interrupt, &error);
+    PyEval_RestoreThread(thread);
+    if (raise_status(status, &error))
+        result = Py_NewRef(made);
+end:
+    end_call(&c);
+    return result;
+}
+
+PyDoc_STRVAR(update_centroids_doc, "update_centroids($module, centroids, x, clusters, decay, /)\n--\n\n"
+                                   "Return the centroids one step of online k-means later.");
+
+static PyObject *update_centroids(PyObject *module, PyObject *args) {
+    PyObject *centroids, *x, *clusters, *decay, *made, *result = NULL;
+    if (!PyArg_ParseTuple(args, "OOOO:update_centroids", &centroids, &x, &clusters, &decay))
+        return NULL;
+    call c = {.state = state_of(module), .type = NPY_NOTYPE};
+    cmb_clustering p;
+    double number;
+    cmb_error error;
+    if (!read_rows(&c, x, &p) || !read_centroids(&c, centroids, &p) || !read_clusters(&c, clusters, &p) ||
+        !read_number(decay, "decay", "a number", &number) || !new_array(&c, p.H, p.n, p.D, &p.new_centroids, &made))
+        goto end;
+    PyThreadState *thread = PyEval_SaveThread();
+    cmb_interrupt interrupt = {poll_signals, &thread};
+    cmb_status status = cmb_update_centroids(&p, number, &interrupt, &error);
+    PyEval_RestoreThread(thread);
+    if (raise_status(status, &error))
+        result = Py_NewRef(made);
+end:
+    end_call(&c);
+    return result;
+}
+
 /* ---- the process -------------------------------------------------------------------------------- */
 
 PyDoc_STRVAR(set_num_threads_doc,
@@ -1318,6 +1472,9 @@ static PyObject *isas(PyObject *module, PyObject *unused) {
 static PyMethodDef core_methods[] = {
     {"forward", forward, METH_VARARGS, forward_doc},
     {"backward", backward, METH_VARARGS, backward_doc},
+    {"cluster", cluster, METH_VARARGS, cluster_doc},
+    {"assign", assign, METH_VARARGS, assign_doc},
+    {"update_centroids", update_centroids, METH_VARARGS, update_centroids_doc},
     {"set_num_threads", set_num_threads, METH_VARARGS, set_num_threads_doc},
     {"get_num_threads", get_num_threads, METH_NOARGS, get_num_threads_doc},
     {"stop_threads", stop_threads, METH_NOARGS, stop_threads_doc},

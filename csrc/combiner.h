@@ -262,6 +262,37 @@ cmb_status cmb_backward(const cmb_problem *problem, const cmb_gradients *gradien
 /* Bytes that the call takes at most, and takes before its first store. */
 cmb_status cmb_workspace_bytes(const cmb_problem *problem, bool backward, size_t *bytes, cmb_error *error);
 
+/* ---- clusters ----------------------------------------------------------------------------------- */
+
+/* The rows of x in n clusters, for each head of each batch entry alone. A row's direction is the row at unit
+ * length; a row of zeros, or with a NaN or Inf, has none: it is as similar, 0, to every centroid, and moves none. The
+ * similarity of a row and a centroid is the dot product of their directions. */
+typedef struct {
+    cmb_dtype dtype;
+    int64_t B, H, L, D, n;
+    cmb_array x;             /* [B, H, L, D] */
+    cmb_array centroids;     /* [B, H, n, D]: read by assign and update */
+    cmb_array new_centroids; /* [B, H, n, D]: written by cluster, or absent there, and by update */
+    int64_t *clusters; /* [B, H, L] without gaps: written by cluster, or NULL there, and by assign; read by update */
+} cmb_clustering;
+
+/* Spherical k-means: k-means++ of `seed` among a sample of at most 16 n rows, then `iterations` rounds of assigning
+ * rows and moving every centroid to the direction of its rows' sum (one without rows stays); then, where clusters are
+ * wanted, what cmb_assign makes of the centroids. n <= L but where L is 0. The bits depend on nothing but a head's own
+ * rows, n, iterations and seed. */
+cmb_status cmb_cluster(const cmb_clustering *problem, int64_t iterations, uint64_t seed, bool balanced,
+                       const cmb_interrupt *interrupt, cmb_error *error);
+
+/* Every row joins the most similar centroid, of equals the first. Balanced: rows in descending order of what their
+ * most similar centroid is ahead of the next one, of equals the first, each join the most similar centroid with room:
+ * L / n clusters' worth each, and one more for the first L mod n clusters that come to it. */
+cmb_status cmb_assign(const cmb_clustering *problem, bool balanced, const cmb_interrupt *interrupt, cmb_error *error);
+
+/* One step of online k-means: a centroid becomes the direction of decay * centroid + (1 - decay) * the mean direction
+ * of its cluster's rows; without rows, or where that has no direction, it stays. 0 <= decay <= 1. */
+cmb_status cmb_update_centroids(const cmb_clustering *problem, double decay, const cmb_interrupt *interrupt,
+                                cmb_error *error);
+
 /* ---- the process -------------------------------------------------------------------------------- */
 
 /* Threads a call may use, this one included. The default is COMBINER_NUM_THREADS, else OMP_NUM_THREADS,

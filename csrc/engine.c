@@ -12,17 +12,15 @@
 
 /* ---- checks ------------------------------------------------------------------------------------- */
 
-enum { WIDEST_FEATURES = 1024 };
-
 /* The offset of the last element must be addressable: strides may be anything that is. */
-static cmb_status check_array(const char *name, const cmb_array *array, const cmb_problem *p, int64_t heads,
-                              int64_t rows, int64_t dim, cmb_error *error) {
+cmb_status cmb_check_array(const char *name, const cmb_array *array, int64_t B, int64_t heads, int64_t rows,
+                           int64_t dim, cmb_error *error) {
     if (!array->data)
         return cmb_fail(error, CMB_ERR_VALUE, "%s is missing", name);
     if (array->heads != heads)
         return cmb_fail(error, CMB_ERR_VALUE, "%s must have %lld heads, got %lld", name, (long long)heads,
                         (long long)array->heads);
-    const int64_t counts[] = {p->B, heads, rows}, strides[] = {array->batch, array->head, array->row};
+    const int64_t counts[] = {B, heads, rows}, strides[] = {array->batch, array->head, array->row};
     int64_t reach = dim;
     for (int i = 0; i < 3; i++) {
         int64_t step, stride;
@@ -34,6 +32,11 @@ static cmb_status check_array(const char *name, const cmb_array *array, const cm
             return cmb_fail(error, CMB_ERR_OVERFLOW, "%s spans more than can be addressed", name);
     }
     return CMB_OK;
+}
+
+static cmb_status check_array(const char *name, const cmb_array *array, const cmb_problem *p, int64_t heads,
+                              int64_t rows, int64_t dim, cmb_error *error) {
+    return cmb_check_array(name, array, p->B, heads, rows, dim, error);
 }
 
 /* Which of key or query heads a region array has. */
@@ -99,8 +102,8 @@ static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *
         const char *name;
         int64_t value, least, most;
     } sizes[] = {
-        {"B", p->B, 0, INT64_MAX}, {"Hq", p->Hq, 0, INT64_MAX},     {"Hk", p->Hk, 0, INT64_MAX},
-        {"L", p->L, 0, INT32_MAX}, {"D", p->D, 1, WIDEST_FEATURES}, {"Dv", p->Dv, 1, WIDEST_FEATURES},
+        {"B", p->B, 0, INT64_MAX}, {"Hq", p->Hq, 0, INT64_MAX},       {"Hk", p->Hk, 0, INT64_MAX},
+        {"L", p->L, 0, INT32_MAX}, {"D", p->D, 1, CMB_MOST_FEATURES}, {"Dv", p->Dv, 1, CMB_MOST_FEATURES},
     };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i].value < sizes[i].least || sizes[i].value > sizes[i].most)

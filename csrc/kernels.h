@@ -65,11 +65,16 @@ typedef struct {
         /* grad_row[i][d] += grad[d] for the first i that holds top[d] */                                              \
         void (*max_pool_backward)(int64_t n, const REAL *const *row, int64_t dim, const REAL *top, const REAL *grad,   \
                                   REAL *const *grad_row);                                                              \
+        /* For every lane: top[lane] = max over i < n of s[i * width + lane] and arg[lane] = the first such i, as a    \
+         * REAL; -inf and 0 where none exceeds -inf (a NaN does not). */                                               \
+        void (*argmax)(int64_t n, const REAL *s, int width, REAL *top, REAL *arg);                                     \
         /* y = 2^x for x <= 1, 0.84 ulp in float with FMA (1.13 without); 0 from -126.5 (-1022.5) down */              \
         void (*exp2)(int64_t n, const REAL *x, REAL *y);                                                               \
     } cmb_kernels_##SUFFIX;                                                                                            \
     extern const cmb_kernels_##SUFFIX cmb_kernels_base_##SUFFIX, cmb_kernels_avx2_##SUFFIX,                            \
-        cmb_kernels_avx512_##SUFFIX, cmb_kernels_neon_##SUFFIX;
+        cmb_kernels_avx512_##SUFFIX, cmb_kernels_neon_##SUFFIX;                                                        \
+    /* The table of the instruction set in force. */                                                                   \
+    const cmb_kernels_##SUFFIX *cmb_kernels_in_force_##SUFFIX(void);
 
 CMB_DECLARE_KERNELS(float, f32)
 CMB_DECLARE_KERNELS(double, f64)

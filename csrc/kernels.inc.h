@@ -535,6 +535,41 @@ static void K(max_pool_backward)(int64_t n, const REAL *const *row, int64_t dim,
         K(max_columns_backward)(1, n, row, d, (int)(dim - d), top, grad, grad_row);
 }
 
+/* ---- the largest of a column -------------------------------------------------------------------- */
+
+INLINE void K(argmax_part)(int vectors, int64_t n, const REAL *s, int width, REAL *top, REAL *arg) {
+    vec best[4], where[4], at = {0};
+    UNROLL
+    for (int j = 0; j < vectors; j++) {
+        best[j] = broadcast(-(REAL)INFINITY);
+        where[j] = (vec){0};
+    }
+    for (int64_t i = 0; i < n; i++) {
+        UNROLL
+        for (int j = 0; j < vectors; j++) {
+            vec x = load(s + i * width + j * LANES);
+            bits greater = (bits)(x > best[j]);
+            best[j] = if_nonzero(greater, x, best[j]);
+            where[j] = if_nonzero(greater, at, where[j]);
+        }
+        at += broadcast(1);
+    }
+    UNROLL
+    for (int j = 0; j < vectors; j++) {
+        store(top + j * LANES, best[j]);
+        store(arg + j * LANES, where[j]);
+    }
+}
+
+/* Four vectors at once, each a chain of dependent steps. */
+static void K(argmax)(int64_t n, const REAL *s, int width, REAL *top, REAL *arg) {
+    int lane = 0;
+    for (; lane + 4 * LANES <= width; lane += 4 * LANES)
+        K(argmax_part)(4, n, s + lane, width, top + lane, arg + lane);
+    for (; lane < width; lane += LANES)
+        K(argmax_part)(1, n, s + lane, width, top + lane, arg + lane);
+}
+
 /* ---- the table ---------------------------------------------------------------------------------- */
 
 const NAME2(cmb_kernels, SUFFIX) NAME3(cmb_kernels_, ISA, SUFFIX) = {
@@ -552,5 +587,6 @@ const NAME2(cmb_kernels, SUFFIX) NAME3(cmb_kernels_, ISA, SUFFIX) = {
     .finite = K(finite),
     .max_pool = K(max_pool),
     .max_pool_backward = K(max_pool_backward),
+    .argmax = K(argmax),
     .exp2 = K(exp2),
 };

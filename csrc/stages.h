@@ -48,6 +48,12 @@ typedef struct {
     } grad;
 } cmb_head;
 
+enum { CMB_MOST_FEATURES = 1024 };
+
+/* Whether `array` is there, has these heads and can be addressed. */
+cmb_status cmb_check_array(const char *name, const cmb_array *array, int64_t B, int64_t heads, int64_t rows,
+                           int64_t dim, cmb_error *error);
+
 /* Memory that is taken piece by piece from one block; with base NULL it only measures. */
 typedef struct {
     char *base;

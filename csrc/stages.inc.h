@@ -40,6 +40,22 @@ static const REAL only_infinite =
     sizeof(REAL) == 4 ? (REAL)-3.40282346638528859812e+38 : (REAL)-1.79769313486231570815e+308;
 static const double log2_e = 1.44269504088896340736, ln_2 = 0.69314718055994530942;
 
+const KERNELS *NAME2(cmb_kernels_in_force, SUFFIX)(void) {
+    switch (cmb_isa_current()) {
+#if defined(__x86_64__)
+    case CMB_ISA_AVX512:
+        return &TABLE(avx512);
+    case CMB_ISA_AVX2:
+        return &TABLE(avx2);
+#elif defined(__aarch64__)
+    case CMB_ISA_NEON:
+        return &TABLE(neon);
+#endif
+    default:
+        return &TABLE(base);
+    }
+}
+
 struct cmb_scratch {
     const KERNELS *kernel;
     bool backward;
@@ -114,22 +130,7 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
         s.child_grad = cmb_take(arena, c, p);
     }
     if (scratch) {
-        switch (cmb_isa_current()) {
-#if defined(__x86_64__)
-        case CMB_ISA_AVX512:
-            s.kernel = &TABLE(avx512);
-            break;
-        case CMB_ISA_AVX2:
-            s.kernel = &TABLE(avx2);
-            break;
-#elif defined(__aarch64__)
-        case CMB_ISA_NEON:
-            s.kernel = &TABLE(neon);
-            break;
-#endif
-        default:
-            s.kernel = &TABLE(base);
-        }
+        s.kernel = NAME2(cmb_kernels_in_force, SUFFIX)();
         *scratch = s;
     }
     return scratch;

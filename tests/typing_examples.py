@@ -43,6 +43,13 @@ again = Plan.from_arrays(
 )
 assert_type(again, Plan)
 
+centroids = combiner.fit_centroids(x, 3, iterations=5, seed=1)
+assert_type(centroids, Array)
+assert_type(combiner.assign_clusters(x, centroids, balanced=True), Array)
+assert_type(combiner.cluster(x, 3, balanced=True), Array)
+assert_type(combiner.update_centroids(centroids, x, combiner.cluster(x, 3), decay=0.9), Array)
+combiner.attention(x, x, x, combiner.Routing(combiner.cluster(x, 3)))
+
 with combiner.num_threads(2):
     assert_type(combiner.get_num_threads(), int)
 assert_type(combiner.info()["isas"], tuple[str, ...])
@@ -53,4 +60,5 @@ combiner.attention([[1.0]], x, x, Fixed(4))  # type: ignore[call-overload]
 Fixed(4, pooling="average")  # type: ignore[arg-type]
 Fixed(4, "max")  # type: ignore[call-arg]
 Fixed(4).span = 5  # type: ignore[misc]
+combiner.cluster(x, 3, True)  # type: ignore[call-arg]
 plan.length = 3  # type: ignore[misc]

@@ -370,6 +370,7 @@ int main(int argc, char **argv) {
         BOTH(max_pool),
         BOTH(max_pool_rules),
         BOTH(max_pool_backward),
+        BOTH(argmax),
         BOTH(exp2_edges),
         TEST(exp2_of_floats),
         TEST(exp2_of_doubles),

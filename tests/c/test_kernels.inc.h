@@ -585,6 +585,43 @@ static void T(max_pool_backward)(void) {
         }
 }
 
+/* ---- the largest of a column -------------------------------------------------------------------- */
+
+static void T(argmax)(void) {
+    for (int width = 16; width <= 64; width += 16)
+        for (int n = 0; n <= 40; n += n < 12 ? 1 : 7) {
+            CASE("argmax of %d rows of width %d", n, width);
+            REAL *s = T(small_numbers)((int64_t)n * width);
+            for (int64_t i = 0; i < (int64_t)n * width; i++)
+                if (random_below(30) == 0)
+                    s[i] = random_below(2) ? (REAL)NAN : -(REAL)INFINITY;
+            for (int i = 0; i < n; i++) { /* whole columns of either */
+                s[i * width] = (REAL)NAN;
+                s[i * width + 1] = -(REAL)INFINITY;
+            }
+            for (int isa = 0; isa < cmb_isa_count(); isa++) {
+                REAL *top = T(reals)(width), *arg = T(reals)(width);
+                isas[isa].SUFFIX->argmax(n, s, width, top, arg);
+                for (int t = 0; t < width; t++) {
+                    REAL want = -(REAL)INFINITY;
+                    int which = 0;
+                    for (int i = 0; i < n; i++)
+                        if (s[i * width + t] > want) {
+                            want = s[i * width + t];
+                            which = i;
+                        }
+                    CHECK(T(same)(top[t], want) && T(same)(arg[t], (REAL)which),
+                          "%s [%d] is %g at %g, not %g at %d: %s", isas[isa].name, t, (double)top[t], (double)arg[t],
+                          (double)want, which, context);
+                }
+                T(digest)(top, width);
+                T(digest)(arg, width);
+                check_digest(isa);
+            }
+            check_fence();
+        }
+}
+
 /* ---- 2^x ---------------------------------------------------------------------------------------- */
 
 static void T(exp2_edges)(void) {
@@ -714,6 +751,7 @@ static void T(bench)(const KERNELS *kernel) {
     MEASURE(ROWS * DIM, "G/s", kernel->max_pool(ROWS, key_row, DIM, out, false), "max_pool %d x %d", ROWS, DIM);
     MEASURE(ROWS * DIM, "G/s", kernel->max_pool_backward(ROWS, key_row, DIM, out, query, key_grad_row),
             "max_pool_backward %d x %d", ROWS, DIM);
+    MEASURE(ROWS * 64, "G/s", kernel->argmax(ROWS, s, 64, out, dp), "argmax %d x 64", ROWS);
     for (int i = 0; i < MOST * 64; i++)
         s[i] = (REAL)uniform(-20, 0);
     MEASURE(MOST * 64, "G/s", kernel->exp2(MOST * 64, s, dp), "exp2 %d", MOST * 64);
