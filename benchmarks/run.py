@@ -48,13 +48,14 @@ def inputs(case: Case) -> Arrays:
 def ours(case: Case, arrays: Arrays) -> Call:
     """A call of combiner that returns out and, with the backward, the gradients."""
     query, key, value, grad_out = arrays
+    pattern = case.pattern
     combiner.set_num_threads(case.threads)
 
     def forward() -> Arrays:
-        return [combiner.attention(query, key, value, case.pattern, is_causal=case.is_causal)]
+        return [combiner.attention(query, key, value, pattern, is_causal=case.is_causal)]
 
     def both() -> Arrays:
-        out, saved = combiner.attention_forward(query, key, value, case.pattern, is_causal=case.is_causal)
+        out, saved = combiner.attention_forward(query, key, value, pattern, is_causal=case.is_causal)
         return [out, *combiner.attention_backward(grad_out, saved)[:3]]
 
     return both if case.backward else forward
@@ -103,6 +104,7 @@ def seconds(call: Call) -> float:
 def describe(case: Case) -> dict[str, Any]:
     """The case as JSON can hold it."""
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
+    del fields["made"]
     return {**fields, "pattern": repr(case.pattern), "passes": case.passes}
 
 
