@@ -51,7 +51,8 @@ static void memory(void) {
     for (int i = 0; i < 20; i++)
         CHECK((block[i] = cmb_default_allocate(LARGE)) != NULL);
     cmb_default_release(block[0]);
-    CHECK(cmb_default_allocate(LARGE / 2) != block[0]);
+    char *smaller = cmb_default_allocate(LARGE / 2);
+    CHECK(smaller && smaller != block[0]);
     CHECK(cmb_default_allocate(LARGE - 1000) == block[0]);
     for (int i = 0; i < 20; i++)
         cmb_default_release(block[i]);
@@ -63,6 +64,7 @@ static void memory(void) {
     cmb_default_release(cmb_default_reallocate(NULL, 10));
     cmb_default_release(NULL);
     CHECK(!cmb_default_allocate(SIZE_MAX) && !cmb_default_reallocate(NULL, SIZE_MAX));
+    cmb_default_release(smaller);
     cmb_release_kept();
     cmb_release_kept();
 
