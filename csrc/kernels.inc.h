@@ -36,8 +36,10 @@
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define TWICE _Pragma("clang loop unroll_count(2)")
 #else
 #define UNROLL _Pragma("GCC unroll 32")
+#define TWICE _Pragma("GCC unroll 2")
 #endif
 /* Kept out of line: inlined into its caller the micro-kernel spills its accumulators (5 times slower). */
 #define NOINLINE static __attribute__((noinline))
@@ -141,6 +143,7 @@ INLINE void K(micro)(int mr, int nr, int64_t k, const REAL *const *a, int64_t a_
             sum[i][j] = (vec){0};
     }
     int64_t at = 0;
+    TWICE
     for (int64_t t = 0; t < k; t++, at += a_step) {
         const REAL *y = b[t] + column;
         vec v[4];
