@@ -60,7 +60,7 @@ def operations(pattern, L=70) -> tuple[dict, np.ndarray]:
         members += [[L + pairs + n - 1, L + n] if n else [L] for n in range(pairs)]
         regions = [[pairs + i // 2 - 1] if i > 1 else [] for i in range(L)]
         direct = [[i - 1, i] if i % 2 else [i] for i in range(L)]
-        return Plan.from_parts(direct, regions, members, is_causal=True, size_bias=plan.size_bias)
+        return Plan.from_parts(direct, regions, members, is_causal=True, size_bias=plan.size_bias, cover="full")
 
     def from_arrays() -> Plan:
         return Plan.from_arrays(
