@@ -83,6 +83,8 @@ static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *
         return cmb_fail(error, CMB_ERR_VALUE, "plans must be 1 or B * Hk = %lld, got %lld", (long long)key_heads,
                         (long long)p->plans);
     for (int64_t i = 0; i < p->plans; i++) {
+        if (!p->plan || !p->plan[i])
+            return cmb_fail(error, CMB_ERR_VALUE, "plan is missing");
         const cmb_plan *plan = p->plan[i], *first = p->plan[0];
         if (plan->L != p->L)
             return cmb_fail(error, CMB_ERR_VALUE, "plan must be of length %lld, got %lld", (long long)p->L,
