@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import Clustered
 from fresh import fresh_process
 
 import combiner
-from combiner import Dense, Fixed, LogSparse, Plan, _core
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Plan, Tree, _core
 from combiner.patterns import _plan
 
 try:
@@ -35,6 +36,15 @@ PATTERNS = [
     LogSparse(hierarchical=True),
     Fixed(8).sparse(),
     LogSparse().sparse(),
+    Axial(8),
+    Axial(8, "horizontal", pooling="sum"),
+    Axial(8, "rowmajor"),
+    Axial(8, "rowmajor", "weighted", size_bias=True),
+    AxialMixture(8),
+    Tree(3),
+    Clustered(9),
+    Axial(8).sparse(),
+    Clustered(9).sparse(),
 ]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
@@ -71,6 +81,7 @@ def operations(pattern, L=70) -> tuple[dict, np.ndarray]:
             is_causal=True,
             pooling=plan.pooling,
             size_bias=plan.size_bias,
+            weighted=plan.weighted,
         )
 
     return {
