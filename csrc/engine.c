@@ -167,7 +167,6 @@ typedef struct {
     const cmb_gradients *gradients;
     const cmb_stage_table *stage;
     int64_t R, N, children; /* the largest of the plans' */
-    bool pooled;            /* every region of every plan has a pool: none is empty */
     int64_t units;          /* heads forward, key heads backward */
     int64_t slots;          /* of which in flight at once */
     int workers;
@@ -225,17 +224,13 @@ static const int64_t worth_a_thread = 65536;
 static const int64_t bytes_in_flight = 12 << 20;
 
 static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *gradients, bool backward) {
-    *run = (schedule){.problem = p, .gradients = gradients, .R = most_regions(p), .pooled = true};
+    *run = (schedule){.problem = p, .gradients = gradients, .R = most_regions(p)};
     run->stage = p->dtype == CMB_FLOAT32 ? cmb_stages_f32() : cmb_stages_f64();
     for (int64_t i = 0; i < p->plans; i++) {
         const cmb_plan *plan = p->plan[i];
-        int64_t pooled = 0;
         run->N = plan->N > run->N ? plan->N : run->N;
-        for (int32_t s = 0; s < plan->pools; s++) {
+        for (int32_t s = 0; s < plan->pools; s++)
             run->children = plan->pool[s].child.count > run->children ? plan->pool[s].child.count : run->children;
-            pooled += plan->pool[s].child.count > 0 && plan->pool[s].row < plan->L + plan->R;
-        }
-        run->pooled &= pooled == plan->R;
     }
     const int threads = cmb_get_num_threads();
     const double work = (double)p->B * (double)p->Hq * (double)p->L * (double)(p->D + p->Dv);
@@ -281,7 +276,7 @@ static cmb_head make_head(const schedule *run, const tables *t, int64_t b, int64
         .scale = p->scale,
         .key_mask = p->key_mask ? p->key_mask + b * p->mask_batch : NULL,
         .mask_row = p->mask_row,
-        .all_live = !p->key_mask && run->pooled,
+        .all_live = !p->key_mask, /* a region that a plan summarises or attends has a pool, and no pool is empty */
         .pool_query = summarize && !first && !p->region_query.data,
         .pool_key = summarize && !first && !p->region_key.data && !weighted,
         .pick_query = summarize && first && !p->region_query.data,
