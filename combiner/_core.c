@@ -331,9 +331,9 @@ static bool read_lists(PyObject *pair, const char *name, cmb_lists *lists, PyObj
 static PyObject *plan_from_parts(PyObject *type, PyObject *args) {
     long long length;
     PyObject *pairs[3], *self = NULL;
-    int is_causal, pooling, size_bias;
-    if (!PyArg_ParseTuple(args, "LO!O!O!pip:_from_parts", &length, &PyTuple_Type, &pairs[0], &PyTuple_Type, &pairs[1],
-                          &PyTuple_Type, &pairs[2], &is_causal, &pooling, &size_bias))
+    int cover, is_causal, pooling, size_bias;
+    if (!PyArg_ParseTuple(args, "LO!O!O!ipip:_from_parts", &length, &PyTuple_Type, &pairs[0], &PyTuple_Type, &pairs[1],
+                          &PyTuple_Type, &pairs[2], &cover, &is_causal, &pooling, &size_bias))
         return NULL;
     static const char *const names[3] = {"direct", "regions", "members"};
     PyObject *held[3][2] = {{NULL}};
@@ -345,7 +345,8 @@ static PyObject *plan_from_parts(PyObject *type, PyObject *args) {
         if (!read_lists(pairs[n], names[n], &lists[n], held[n]))
             goto out;
     PyThreadState *thread = PyEval_SaveThread();
-    cmb_status status = cmb_plan_from_parts(length, &lists[0], &lists[1], &lists[2], &options, &plan, &error);
+    cmb_status status =
+        cmb_plan_from_parts(length, &lists[0], &lists[1], &lists[2], (cmb_cover)cover, &options, &plan, &error);
     PyEval_RestoreThread(thread);
     self = wrap_plan((PyTypeObject *)type, plan, status, &error);
 out:

@@ -57,6 +57,7 @@ class Plan:
         direct: _Lists,
         regions: _Lists,
         members: _Lists,
+        cover: int,
         is_causal: bool,
         pooling: int,
         size_bias: bool,

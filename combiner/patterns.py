@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .plan import POOLINGS, Plan, Pooling, as_integer, pooling_number
+from .plan import POOLINGS, Plan, Pooling, as_integer, choice_number
 
 
 class Pattern(Protocol):
@@ -45,7 +45,7 @@ class Factorization:
     size_bias: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        pooling_number(self.pooling, POOLINGS[:3])
+        choice_number("pooling", self.pooling, POOLINGS[:3])
         _check_bool("size_bias", self.size_bias)
 
     def plan(self, length: int, is_causal: bool = False) -> Plan:
@@ -165,8 +165,8 @@ class Axial(Factorization):
         Factorization.__post_init__(self)
         if self.width is not None:
             object.__setattr__(self, "width", as_integer("width", self.width, 1))
-        _check_choice("order", self.order, ORDERS)
-        _check_choice("row_key", self.row_key, ROW_KEYS)
+        choice_number("order", self.order, ORDERS)
+        choice_number("row_key", self.row_key, ROW_KEYS)
         if self.row_key == "weighted" and self.order != "rowmajor":
             raise ValueError(f"row_key may be 'weighted' only where order is 'rowmajor', got order {self.order!r}")
 
@@ -395,13 +395,6 @@ def _plan(pattern: Factorization | Sparse, length: int, is_causal: bool) -> Plan
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {type(value).__name__}")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _square_root(length: int) -> int:

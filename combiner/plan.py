@@ -18,6 +18,7 @@ Pooling: TypeAlias = Literal["max", "mean", "sum"]
 Lists: TypeAlias = Sequence[Sequence[int]] | Sequence[Array] | tuple[Array, Array]
 
 POOLINGS = ("max", "mean", "sum", "first")  # as numbered in combiner.h
+COVERS = ("any", "full", "partition")  # the same
 
 
 class Plan(_core.Plan):
@@ -44,12 +45,13 @@ class Plan(_core.Plan):
         is_causal: bool = False,
         pooling: Pooling = "max",
         size_bias: bool = False,
+        cover: Literal["any", "full", "partition"] = "any",
     ) -> Self:
         """A user's own factorization, from index lists (spec: "A user's own pattern").
 
         Each argument is a sequence of integer sequences, or a pair of arrays (offsets, items) where list n is
         ``items[offsets[n]:offsets[n + 1]]``; a tuple of two arrays is always taken for such a pair. A list may repeat
-        a row, which then counts twice, and positions may be left out.
+        a row, which then counts twice, and positions may be left out, unless `cover` forbids it.
 
         Parameters
         ----------
@@ -60,15 +62,19 @@ class Plan(_core.Plan):
         is_causal : whether query i may only see positions up to i.
         pooling : "max", "mean" or "sum" of the members' keys and queries.
         size_bias : whether the log of the unmasked positions below a region joins its logit.
+        cover : what a query's parts must cover of its support: "any", what they like; "full", every position at least
+            once; "partition", every position exactly once. What lies below a region counts as often as it lies there.
 
         Raises
         ------
         TypeError : an argument of the wrong kind, named.
-        ValueError : a position outside the support, a region or member not listed before, a wrong number of lists.
+        ValueError : a position outside the support, a region or member not listed before, a wrong number of lists; the
+            first query whose parts do not cover what they must, with the first position left out or held twice.
 
         Notes
         -----
-        Time and memory grow with the number of integers given.
+        Time and memory grow with the number of integers given; "full" takes L / 64 times as long where parts hold a
+        position twice.
         """
         direct_lists = _lists("direct", direct)
         length = len(direct_lists[0]) - 1 if length is None else as_integer("length", length, 0)
@@ -78,8 +84,9 @@ class Plan(_core.Plan):
             direct_lists,
             (np.zeros(length + 1, np.int64), none[1]) if regions is None else _lists("regions", regions),
             none if members is None else _lists("members", members),
+            choice_number("cover", cover, COVERS),
             is_causal,
-            pooling_number(pooling, POOLINGS[:3]),
+            choice_number("pooling", pooling, POOLINGS[:3]),
             size_bias,
         )
 
@@ -128,7 +135,7 @@ class Plan(_core.Plan):
             as_integer("regions", regions, 0),
             as_integer("scratch", scratch, 0),
             is_causal,
-            pooling_number(pooling, POOLINGS),
+            choice_number("pooling", pooling, POOLINGS),
             size_bias,
             weighted,
         )
@@ -207,13 +214,13 @@ def as_integer(name: str, value: object, least: int, *, bits: int = 63) -> int:
     return number
 
 
-def pooling_number(pooling: str, allowed: Sequence[str]) -> int:
-    """The C library's number of a pooling."""
-    if not isinstance(pooling, str):
-        raise TypeError(f"pooling must be a str, got {type(pooling).__name__}")
-    if pooling not in allowed:
-        raise ValueError(f"pooling must be one of {', '.join(map(repr, allowed))}, got {pooling!r}")
-    return POOLINGS.index(pooling)
+def choice_number(name: str, value: object, choices: Sequence[str]) -> int:
+    """The C library's number of a choice."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return choices.index(value)
 
 
 def _lists(name: str, given: Lists) -> tuple[Array, Array]:

@@ -149,11 +149,19 @@ typedef struct {
     const int64_t *item;
 } cmb_lists;
 
+/* What a query's parts must cover of its support, repeats counted. */
+typedef enum {
+    CMB_COVER_ANY,       /* what they like */
+    CMB_COVER_FULL,      /* every position at least once */
+    CMB_COVER_PARTITION, /* every position exactly once */
+} cmb_cover;
+
 /* A user's own factorization: direct key positions and region numbers of every query (both of L lists),
  * and the members of every region: positions, or L + r for an earlier region r. A position outside the
- * support or a member not listed before is CMB_ERR_VALUE naming the first offending query and key. */
+ * support, a member not listed before, or a query whose parts do not cover what they must is CMB_ERR_VALUE
+ * naming the first offending query and key. Costs as much as cmb_plan_measure. */
 cmb_status cmb_plan_from_parts(int64_t L, const cmb_lists *direct, const cmb_lists *regions, const cmb_lists *members,
-                               const cmb_plan_options *options, cmb_plan **plan, cmb_error *error);
+                               cmb_cover cover, const cmb_plan_options *options, cmb_plan **plan, cmb_error *error);
 
 /* A copy of a plan given as arrays, after cmb_plan_check. */
 cmb_status cmb_plan_from_arrays(const cmb_plan *arrays, cmb_plan **plan, cmb_error *error);

@@ -127,6 +127,9 @@ static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *
     if (__builtin_mul_overflow(segments, key_heads, &most) || (p->plans != segments && p->plans != most))
         return cmb_fail(error, CMB_ERR_VALUE, "plans must be 1 or B * Hk = %lld, for each of %lld segments, got %lld",
                         (long long)key_heads, (long long)segments, (long long)p->plans);
+    for (int64_t i = 0; i < p->plans; i++)
+        if (!p->plan || !p->plan[i])
+            return cmb_fail(error, CMB_ERR_VALUE, "plan is missing");
     for (int64_t i = 0; i < p->plans; i++) {
         const cmb_plan *plan = p->plan[i], *first = p->plan[0];
         const int64_t L = segment_of(p, i / (p->plans / segments), 0).L;
@@ -214,7 +217,6 @@ typedef struct {
     const cmb_gradients *gradients;
     const cmb_stage_table *stage;
     int64_t L, R, N, children; /* the largest of the segments' and plans' */
-    bool pooled;               /* every region of every plan has a pool: none is empty */
     int64_t segments;
     segment *segment; /* [segments] */
     int64_t units;    /* heads of segments forward, key heads backward */
@@ -284,7 +286,7 @@ static const int64_t worth_a_thread = 65536;
 static const int64_t bytes_in_flight = 12 << 20;
 
 static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *gradients, bool backward) {
-    *run = (schedule){.problem = p, .gradients = gradients, .segments = segments_of(p), .pooled = true};
+    *run = (schedule){.problem = p, .gradients = gradients, .segments = segments_of(p)};
     run->stage = p->dtype == CMB_FLOAT32 ? cmb_stages_f32() : cmb_stages_f64();
     for (int64_t s = 0; s < run->segments; s++) {
         const segment it = segment_of(p, s, 0);
@@ -293,13 +295,9 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
     }
     for (int64_t i = 0; i < p->plans; i++) {
         const cmb_plan *plan = p->plan[i];
-        int64_t pooled = 0;
         run->N = plan->N > run->N ? plan->N : run->N;
-        for (int32_t s = 0; s < plan->pools; s++) {
+        for (int32_t s = 0; s < plan->pools; s++)
             run->children = plan->pool[s].child.count > run->children ? plan->pool[s].child.count : run->children;
-            pooled += plan->pool[s].child.count > 0 && plan->pool[s].row < plan->L + plan->R;
-        }
-        run->pooled &= pooled == plan->R;
     }
     const int threads = cmb_get_num_threads();
     const double work = (double)p->B * (double)p->Hq * (double)p->L * (double)(p->D + p->Dv);
@@ -380,7 +378,7 @@ static cmb_head make_head(const schedule *run, const tables *t, const unit *u) {
         .dropout = dropout_of(p, u),
         .key_mask = p->key_mask ? p->key_mask + u->b * p->mask_batch + u->segment.first * p->mask_row : NULL,
         .mask_row = p->mask_row,
-        .all_live = !p->key_mask && run->pooled,
+        .all_live = !p->key_mask, /* a region that a plan summarises or attends has a pool, and no pool is empty */
         .pool_query = summarize && !first && !p->region_query.data,
         .pool_key = summarize && !first && !p->region_key.data && !weighted,
         .pick_query = summarize && first && !p->region_query.data,

@@ -3,6 +3,7 @@
 #include "plan.h"
 #include "runtime.h"
 
+#include <stdio.h>
 #include <string.h>
 
 /* What lies below a region. */
@@ -142,6 +143,125 @@ static cmb_status read_parts(parts *p) {
         for (int64_t n = p->members->offset[r]; p->region[r].is_needed && n < p->members->offset[r + 1]; n++)
             if (p->members->item[n] >= p->L)
                 p->region[p->members->item[n] - p->L].is_needed = true;
+    return status;
+}
+
+/* ---- coverage ---- */
+
+/* From the keys' words word[0..L) makes the regions', word[L..L+R): each the sum, or the union, of its members'. */
+static void join_members(const parts *p, bool is_union, uint64_t *word) {
+    for (int64_t r = 0; r < p->R; r++) {
+        uint64_t joined = 0;
+        for (int64_t n = p->members->offset[r]; n < p->members->offset[r + 1]; n++)
+            joined = cmb_join(joined, word[p->members->item[n]], is_union);
+        word[p->L + r] = joined;
+    }
+}
+
+/* The same of a query's parts. */
+static uint64_t join_parts(const parts *p, bool is_union, const uint64_t *word, int64_t i) {
+    uint64_t joined = 0;
+    for (int64_t n = p->direct->offset[i]; n < p->direct->offset[i + 1]; n++)
+        joined = cmb_join(joined, word[p->direct->item[n]], is_union);
+    for (int64_t n = p->regions->offset[i]; n < p->regions->offset[i + 1]; n++)
+        joined = cmb_join(joined, word[p->L + p->regions->item[n]], is_union);
+    return joined;
+}
+
+/* Lists, ascending, the queries whose parts are not their support, each position once; returns how many. */
+static int64_t find_uneven(const parts *p, uint64_t *word, int32_t *query) {
+    uint64_t support = 0, before = 0;
+    int64_t count = 0;
+    for (int64_t j = 0; j < p->L; j++)
+        support += word[j] = cmb_key_word(j);
+    join_members(p, false, word);
+    for (int64_t i = 0; i < p->L; i++) {
+        before += word[i];
+        if (join_parts(p, false, word, i) != (p->is_causal ? before : support))
+            query[count++] = (int32_t)i;
+    }
+    return count;
+}
+
+/* Of these queries how many come before the first whose parts leave a position out. Exact, 64 keys at a time: a bit
+ * each. */
+static int64_t count_full(const parts *p, uint64_t *word, const int32_t *query, int64_t count) {
+    memset(word, 0, (size_t)p->L * sizeof *word);
+    for (int64_t first = 0; first < p->L && count; first += 64) {
+        int64_t end = cmb_least(first + 64, p->L);
+        for (int64_t j = first; j < end; j++)
+            word[j] = UINT64_C(1) << (j - first);
+        join_members(p, true, word);
+        for (int64_t n = 0; n < count; n++) {
+            uint64_t support = cmb_lanes(0, (p->is_causal ? cmb_least(query[n] + 1, end) : end) - first);
+            if (join_parts(p, true, word, query[n]) != support)
+                count = n;
+        }
+        memset(word + first, 0, (size_t)(end - first) * sizeof *word);
+    }
+    return count;
+}
+
+/* The first position of its support that query i's parts leave out, or hold more than once where they must not; and in
+ * word[0..L) how often they hold each. */
+static int64_t find_key(const parts *p, uint64_t *word, int64_t i, cmb_cover cover) {
+    memset(word, 0, (size_t)(p->L + p->R) * sizeof *word);
+    for (int64_t n = p->direct->offset[i]; n < p->direct->offset[i + 1]; n++)
+        word[p->direct->item[n]]++;
+    for (int64_t n = p->regions->offset[i]; n < p->regions->offset[i + 1]; n++)
+        word[p->L + p->regions->item[n]]++;
+    for (int64_t r = p->R - 1; r >= 0; r--)
+        for (int64_t n = p->members->offset[r]; n < p->members->offset[r + 1]; n++)
+            word[p->members->item[n]] += word[p->L + r];
+    int64_t key = 0;
+    while (word[key] == 1 || (word[key] && cover == CMB_COVER_FULL))
+        key++;
+    return key;
+}
+
+static cmb_status refuse_cover(const parts *p, uint64_t *word, int64_t i, cmb_cover cover) {
+    const char *demand = cover == CMB_COVER_FULL ? "at least once" : "exactly once";
+    int64_t key = find_key(p, word, i, cover), part[2] = {0}, found = 0;
+    if (!word[key])
+        return cmb_fail(p->error, CMB_ERR_VALUE, "parts must cover query %lld's support %s, but key %lld is left out",
+                        (long long)i, demand, (long long)key);
+    memset(word, 0, (size_t)p->L * sizeof *word);
+    word[key] = 1;
+    join_members(p, false, word); /* how often each region holds the key */
+    for (int64_t n = p->direct->offset[i]; n < p->direct->offset[i + 1] && found < 2; n++)
+        if (p->direct->item[n] == key)
+            part[found++] = key;
+    for (int64_t n = p->regions->offset[i]; n < p->regions->offset[i + 1]; n++)
+        for (uint64_t times = word[p->L + p->regions->item[n]]; times && found < 2; times--)
+            part[found++] = p->L + p->regions->item[n];
+    char name[2][40], where[120];
+    for (int n = 0; n < 2; n++)
+        snprintf(name[n], sizeof *name, part[n] < p->L ? "direct[%lld]" : "region %lld",
+                 (long long)(part[n] < p->L ? i : part[n] - p->L));
+    if (part[0] != part[1])
+        snprintf(where, sizeof where, "in %s and in %s", name[0], name[1]);
+    else if (part[0] < p->L || word[part[0]] > 1)
+        snprintf(where, sizeof where, "twice in %s", name[0]);
+    else
+        snprintf(where, sizeof where, "in %s, which regions[%lld] holds twice", name[0], (long long)i);
+    return cmb_fail(p->error, CMB_ERR_VALUE, "parts must cover query %lld's support %s, but key %lld lies %s",
+                    (long long)i, demand, (long long)key, where);
+}
+
+static cmb_status check_cover(const parts *p, cmb_cover cover) {
+    if (cover == CMB_COVER_ANY)
+        return CMB_OK;
+    size_t words = (size_t)(p->L + p->R) + 1;
+    uint64_t *word = cmb_allocate(words * sizeof *word + (size_t)p->L * sizeof(int32_t));
+    if (!word)
+        return cmb_fail(p->error, CMB_ERR_MEMORY, "out of memory: checking what parts cover takes %zu words", words);
+    int32_t *query = (int32_t *)(void *)(word + words);
+    cmb_status status = CMB_OK;
+    int64_t uneven = find_uneven(p, word, query);
+    int64_t right = cover == CMB_COVER_FULL ? count_full(p, word, query, uneven) : 0;
+    if (right < uneven)
+        status = refuse_cover(p, word, query[right], cover);
+    cmb_release(word);
     return status;
 }
 
@@ -353,7 +473,7 @@ static void attend_parts(parts *p) {
 }
 
 cmb_status cmb_plan_from_parts(int64_t L, const cmb_lists *direct, const cmb_lists *regions, const cmb_lists *members,
-                               const cmb_plan_options *options, cmb_plan **plan, cmb_error *error) {
+                               cmb_cover cover, const cmb_plan_options *options, cmb_plan **plan, cmb_error *error) {
     *plan = NULL;
     cmb_build build;
     parts p = {
@@ -375,6 +495,8 @@ cmb_status cmb_plan_from_parts(int64_t L, const cmb_lists *direct, const cmb_lis
                         (long long)p.R);
     if (options->sparse)
         return cmb_fail(error, CMB_ERR_VALUE, "sparse must be false: parts say themselves what is left out");
+    if ((unsigned)cover > CMB_COVER_PARTITION)
+        return cmb_fail(error, CMB_ERR_VALUE, "cover must be any, full or partition, got %d", (int)cover);
     if ((status = check_lists(members, "members", p.R, error)) ||
         (status = cmb_build_begin(&build, L, p.R, 0, options, error)))
         return status;
@@ -387,6 +509,8 @@ cmb_status cmb_plan_from_parts(int64_t L, const cmb_lists *direct, const cmb_lis
     }
     memset(p.head, 0, rows * sizeof *p.head);
     status = read_parts(&p);
+    if (!status)
+        status = check_cover(&p, cover);
     if (status) {
         build.status = status;
         error = NULL; /* it is filled */

@@ -627,8 +627,6 @@ static void count_pairs(const cmb_plan *plan, cmb_plan_facts *facts) {
     }
 }
 
-static uint64_t join(uint64_t a, uint64_t b, bool is_union) { return is_union ? a | b : a + b; }
-
 /* From the keys' words word[0..L) makes the regions', word[L..L+R), and the queries', got[0..L): each the sum, or the
  * union, of the words of the rows that it attends. */
 static void gather_words(const cmb_plan *plan, bool is_union, uint64_t *word, uint64_t *got) {
@@ -642,33 +640,25 @@ static void gather_words(const cmb_plan *plan, bool is_union, uint64_t *word, ui
             for (int32_t row = 0; row < run->row.count; row++) {
                 uint64_t key = word[cmb_list_at(plan, run->row, row)];
                 if (run->mask < 0)
-                    shared = join(shared, key, is_union);
+                    shared = cmb_join(shared, key, is_union);
                 else if (key)
                     for (uint64_t mask = plan->mask[run->mask + row]; mask; mask &= mask - 1)
-                        lane[__builtin_ctzll(mask)] = join(lane[__builtin_ctzll(mask)], key, is_union);
+                        lane[__builtin_ctzll(mask)] = cmb_join(lane[__builtin_ctzll(mask)], key, is_union);
             }
         }
         for (int32_t t = 0; t < tile->query.count; t++) {
             int32_t query = cmb_list_at(plan, tile->query, t);
             uint64_t *to = query < plan->L ? got + query : word + query;
-            *to = join(*to, join(lane[t], shared, is_union), is_union);
+            *to = cmb_join(*to, cmb_join(lane[t], shared, is_union), is_union);
         }
     }
 }
 
-static uint64_t splitmix64(uint64_t x) {
-    x += UINT64_C(0x9e3779b97f4a7c15);
-    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
-    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
-    return x ^ x >> 31;
-}
-
-/* With a random word for each key, a query's rows sum to its support's only where they are the support, each key once:
- * true of another set with a chance of 2^-64. */
+/* True of another set of keys with a chance of 2^-64. */
 static bool sums_to_support(const cmb_plan *plan, uint64_t *word, uint64_t *got) {
     uint64_t support = 0;
     for (int64_t j = 0; j < plan->L; j++)
-        support += word[j] = splitmix64((uint64_t)j);
+        support += word[j] = cmb_key_word(j);
     gather_words(plan, false, word, got);
     uint64_t before = 0;
     for (int64_t i = 0; i < plan->L; i++) {

@@ -82,6 +82,18 @@ static inline cmb_list cmb_cut(cmb_list list, int64_t first, int64_t end) {
 /* Lanes that hold `count` queries of a lane tile. */
 static inline int32_t cmb_lanes_for(int64_t count) { return (int32_t)((count + 15) / 16 * 16); }
 
+/* A random word for each key: a query's keys sum to its support's words only where they are the support, each key once;
+ * another set does with a chance of 2^-64. */
+static inline uint64_t cmb_key_word(int64_t key) { /* splitmix64 */
+    uint64_t x = (uint64_t)key + UINT64_C(0x9e3779b97f4a7c15);
+    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+    return x ^ x >> 31;
+}
+
+/* The words of two sets of keys joined: their sum, or their union where a key is a bit. */
+static inline uint64_t cmb_join(uint64_t a, uint64_t b, bool is_union) { return is_union ? a | b : a + b; }
+
 /* Bits lo <= t < hi of a mask word, wherever lo and hi lie. */
 static inline uint64_t cmb_lanes(int64_t lo, int64_t hi) {
     lo = lo < 0 ? 0 : lo;

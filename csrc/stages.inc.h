@@ -579,13 +579,13 @@ static void resume(const cmb_head *head, const tile_state *t, int lane, REAL *m,
 static void conclude(const cmb_head *head, const tile_state *t, int lane, REAL m, REAL l, const REAL *sum,
                      uint64_t seen, cmb_scratch *w) {
     const int64_t x = element(head->plan, t->tile->query, lane);
+    if (!(seen >> lane & 1)) /* the tile shows it nothing: its lse would come back rounded */
+        return;
     if (l == 0) {
-        if (seen >> lane & 1) {
-            *lse_of(head, x) = only_infinite;
-            w->kernel->divide(head->Dv, sum, 0, result_row(head, x)); /* 0 / 0 */
-            if (t->weighted)
-                w->kernel->divide(head->D, sum + head->Dv, 0, at(head->region_key, x - head->L));
-        }
+        *lse_of(head, x) = only_infinite;
+        w->kernel->divide(head->Dv, sum, 0, result_row(head, x)); /* 0 / 0 */
+        if (t->weighted)
+            w->kernel->divide(head->D, sum + head->Dv, 0, at(head->region_key, x - head->L));
         return;
     }
     *lse_of(head, x) = (REAL)(((double)m + log2((double)l)) * ln_2);

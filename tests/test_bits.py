@@ -6,10 +6,10 @@ Compared as bytes, but for -0 and +0 where a sum ends in exact zeros. One test s
 
 import numpy as np
 import pytest
-from cases import each_isa
+from cases import Clustered, each_isa
 
 import combiner
-from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Tree
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Routing, Tree
 
 PATTERNS = [
     Dense(),
@@ -29,6 +29,9 @@ PATTERNS = [
     Tree(3, 2),
     Tree(7).sparse(),
     Axial(8).sparse(),
+    Clustered(7),
+    Clustered(100),
+    Clustered(5).sparse(),
 ]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 both_directions = pytest.mark.parametrize("is_causal", (True, False))
@@ -68,8 +71,34 @@ def test_threads(rng, pattern, is_causal, dtype):
                 assert_same(run(arrays, pattern, is_causal=is_causal), expected)
 
 
+@both_dtypes
+def test_a_tile_that_shows_a_query_nothing_keeps_its_lse(rng, dtype):
+    """Before position 0 lies no other cluster, though its neighbours see some: its lse is that of itself alone."""
+    q, k, v = rng.standard_normal((3, 200, 3, 4)).astype(dtype)
+    _, lse = combiner.attention(q, k, v, Routing([0, 1, 2]), is_causal=True, return_lse=True)
+    _, alone = combiner.attention(q[:, :1], k[:, :1], v[:, :1], Dense(), is_causal=True, return_lse=True)
+    assert np.ascontiguousarray(lse[:, :1]).tobytes() == alone.tobytes()
+
+
+LONG = [  # beyond the sizes of tasks and of chunks
+    Fixed(64),
+    Fixed(600),
+    LogSparse(),
+    LogSparse(hierarchical=True),
+    Axial(70),
+    Axial(130, "horizontal"),
+    Axial(64, "rowmajor"),
+    Axial(70, "rowmajor", "weighted"),
+    AxialMixture(70),
+    Tree(2),
+    Tree(13),
+    Clustered(40),
+    Clustered(600),
+]
+
+
 @both_directions
-@pytest.mark.parametrize("pattern", [Dense(), Fixed(), Fixed(600), LogSparse(), LogSparse(hierarchical=True)], ids=str)
+@pytest.mark.parametrize("pattern", [Dense(), *LONG], ids=str)
 def test_threads_on_many_tasks(rng, pattern, is_causal):
     arrays = draw(rng, L=2500, B=1, Hq=2, Hk=1, D=8, Dv=8)
     with combiner.num_threads(1):
@@ -167,7 +196,7 @@ def test_causal_prefix(rng, pattern, dtype):
             assert not y[:, :, length:].any()
 
 
-@pytest.mark.parametrize("pattern", [Fixed(64), Fixed(600), LogSparse(), LogSparse(hierarchical=True)], ids=str)
+@pytest.mark.parametrize("pattern", LONG, ids=str)
 def test_long_causal_prefix(rng, pattern):
     """The same beyond the sizes of tasks and of LogSparse's chunks."""
     arrays = draw(rng, L=4500, B=1, Hq=1, Hk=1, D=4, Dv=4)

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import Clustered
 from fresh import fresh_process
 
 import combiner
-from combiner import Dense, Fixed, LogSparse, Plan, _core
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Plan, Tree, _core
 from combiner.patterns import _plan
 
 try:
@@ -35,6 +36,15 @@ PATTERNS = [
     LogSparse(hierarchical=True),
     Fixed(8).sparse(),
     LogSparse().sparse(),
+    Axial(8),
+    Axial(8, "horizontal", pooling="sum"),
+    Axial(8, "rowmajor"),
+    Axial(8, "rowmajor", "weighted", size_bias=True),
+    AxialMixture(8),
+    Tree(3),
+    Clustered(9),
+    Axial(8).sparse(),
+    Clustered(9).sparse(),
 ]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
@@ -60,7 +70,7 @@ def operations(pattern, L=70) -> tuple[dict, np.ndarray]:
         members += [[L + pairs + n - 1, L + n] if n else [L] for n in range(pairs)]
         regions = [[pairs + i // 2 - 1] if i > 1 else [] for i in range(L)]
         direct = [[i - 1, i] if i % 2 else [i] for i in range(L)]
-        return Plan.from_parts(direct, regions, members, is_causal=True, size_bias=plan.size_bias)
+        return Plan.from_parts(direct, regions, members, is_causal=True, size_bias=plan.size_bias, cover="full")
 
     def from_arrays() -> Plan:
         return Plan.from_arrays(
@@ -71,6 +81,7 @@ def operations(pattern, L=70) -> tuple[dict, np.ndarray]:
             is_causal=True,
             pooling=plan.pooling,
             size_bias=plan.size_bias,
+            weighted=plan.weighted,
         )
 
     return {
@@ -269,13 +280,14 @@ def seconds_to_end(call, after: float) -> float:
 
     sender = threading.Thread(target=send)
     sender.start()
+    began = time.perf_counter()
     try:
         call()
     except KeyboardInterrupt:
         return time.perf_counter() - sent[0]
     finally:
         sender.join()
-    raise AssertionError("the call ended before the signal came")
+    raise AssertionError(f"the call ended after {time.perf_counter() - began:.2f} s, before the signal")
 
 
 @pytest.mark.parametrize("threads", (1, 2))

@@ -3,12 +3,12 @@
 
 import numpy as np
 import pytest
-from cases import Case, Judge, below, close, draw, each_isa, random_parts
+from cases import PATTERNS, Case, Judge, below, close, draw, each_isa, random_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import combiner
-from combiner import Plan
+from combiner import Plan, reference
 
 
 def plan_of(parts, is_causal: bool):
@@ -329,3 +329,116 @@ def test_small_parts(parts_and_direction, seed, masked, ties):
         q, k, v = problem.inputs
         problem = type(problem)((np.sign(q), np.sign(k), v), parts, problem.options, problem.grad_out, problem.grad_lse)
     check(problem, plan_of(parts, is_causal))
+
+
+# ---- what parts must cover
+
+
+def complaint(parts, is_causal: bool, cover: str) -> str | None:
+    """What is to be said of the first query whose parts do not cover what they must, and its first such key."""
+    L = len(parts.direct)
+    positions = below(parts, L)
+    demand = {"full": "at least once", "partition": "exactly once"}[cover]
+    for i in range(L):
+        for j in range(i + 1 if is_causal else L):
+            holders = [f"direct[{i}]"] * parts.direct[i].count(j)
+            holders += [f"region {r}" for r in parts.regions[i] for x in positions[r] if x == j]
+            if len(holders) == 1 or (holders and cover == "full"):
+                continue
+            says = f"parts must cover query {i}'s support {demand}, but key {j} "
+            if not holders:
+                return says + "is left out"
+            a, b = holders[:2]
+            if a != b:
+                return says + f"lies in {a} and in {b}"
+            if a.startswith("region") and positions[int(a.split()[1])].count(j) == 1:
+                return says + f"lies in {a}, which regions[{i}] holds twice"
+            return says + f"lies twice in {a}"
+    return None
+
+
+def check_cover(parts, is_causal: bool) -> set[str]:
+    """Each demand is met or refused as brute force says; returns the refusals."""
+    plan = plan_of(parts, is_causal)
+    refusals = set()
+    for cover, met in (("full", plan.is_full), ("partition", plan.is_partition)):
+        expected = complaint(parts, is_causal, cover)
+        assert met == (expected is None)
+        arguments = {"is_causal": is_causal, "cover": cover}
+        if expected is None:
+            again = Plan.from_parts(parts.direct, parts.regions, parts.members, **arguments)
+            for name, x in plan.arrays.items():
+                np.testing.assert_array_equal(again.arrays[name], x)
+            continue
+        with pytest.raises(ValueError) as error:
+            Plan.from_parts(parts.direct, parts.regions, parts.members, **arguments)
+        assert str(error.value) == expected
+        refusals.add(expected)
+    return refusals
+
+
+@settings(max_examples=300)
+@given(small_parts())
+def test_cover_of_small_parts(parts_and_direction):
+    check_cover(*parts_and_direction)
+
+
+@pytest.mark.parametrize("is_causal", (True, False))
+@pytest.mark.parametrize("name", [name for name in PATTERNS if "sparse" not in name])
+def test_cover_of_a_pattern_with_one_list_changed(rng, name, is_causal):
+    """A pattern's own parts, some nested, some overlapping; then with a row listed twice, left out or exchanged."""
+    refusals = set()
+    for L in (1, 20, 67):
+        pattern = PATTERNS[name]()
+        refusals |= check_cover(reference.parts(pattern, L, is_causal), is_causal)
+        for change in ("twice", "left out", "exchanged") * 3:
+            parts = reference.parts(pattern, L, is_causal)
+            direct, regions, members = (
+                [list(rows) for rows in lists] for lists in (parts.direct, parts.regions, parts.members)
+            )
+            lists = (direct, regions, members)[rng.integers(3)]
+            filled = [n for n, rows in enumerate(lists) if rows]
+            if not filled:
+                continue
+            rows = lists[rng.choice(filled)]
+            at = int(rng.integers(len(rows)))
+            if change == "twice":
+                rows.append(rows[at])
+            elif change == "left out":
+                del rows[at]
+            else:  # in place of it one that is seen as early
+                rows[at] = min(rows)
+            refusals |= check_cover(reference.Parts(direct, regions, members), is_causal)
+    assert len(refusals) > 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_cover_of_random_parts(seed):
+    rng = np.random.default_rng([seed, 2])
+    is_causal = bool(seed % 2)
+    L, R = int(rng.integers(1, 150)), int(rng.integers(0, 40))
+    parts = random_parts(rng, L, R, is_causal)
+    check_cover(parts, is_causal)
+    for i, rows in enumerate(parts.direct):  # all of the support, and what the regions hold besides
+        rows[:] = range(i + 1 if is_causal else L)
+    whole = check_cover(parts, is_causal)
+    assert all("exactly once" in refusal for refusal in whole)
+    for rows in parts.direct[L // 2 :]:
+        del rows[int(rng.integers(len(rows)))]
+    check_cover(parts, is_causal)
+
+
+@pytest.mark.parametrize(
+    "cover, error, says",
+    [
+        ("whole", ValueError, "cover must be one of 'any', 'full', 'partition', got 'whole'"),
+        ("", ValueError, "cover must be one of"),
+        (True, TypeError, "cover must be a str, got bool"),
+        (None, TypeError, "cover must be a str, got NoneType"),
+    ],
+)
+def test_bad_cover(cover, error, says):
+    with pytest.raises(error, match=says):
+        Plan.from_parts([[0]], cover=cover)
+    with pytest.raises(ValueError, match=r"direct\[0\] holds key 1"):  # what is listed is looked at first
+        Plan.from_parts([[1]], cover="full")

@@ -2,11 +2,13 @@
 """Laws that hold whatever the numbers are."""
 
 import numpy as np
+from cases import Clustered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import combiner
 from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Tree, reference
+from combiner.patterns import Sparse
 
 spans = st.one_of(st.none(), st.integers(1, 80))
 poolings = st.sampled_from(["max", "mean", "sum"])
@@ -20,6 +22,7 @@ partitions = st.one_of(
     st.builds(
         lambda b, levels, flags: Tree(b, levels, **flags), st.integers(2, 70), st.sampled_from([None, 1, 2]), flags
     ),
+    st.builds(lambda clusters, flags: Clustered(clusters, **flags), st.integers(1, 40), flags),
 )
 mixtures = st.builds(lambda width, flags: AxialMixture(width, **flags), spans, flags)
 patterns = st.one_of(partitions, mixtures, partitions.map(lambda pattern: pattern.sparse()))
@@ -47,7 +50,7 @@ def test_weights(pattern, L, is_causal, seed, dtype, masked):
     assert (W >= 0).all()
     np.testing.assert_allclose(W.sum(-1), np.isfinite(lse), rtol=0, atol=64 * eps)
     np.testing.assert_allclose(W @ v, out, rtol=0, atol=256 * eps * np.abs(v).max())
-    parts = reference.parts(pattern, L, is_causal)
+    parts = parts_of(pattern, L, is_causal)
     support = np.zeros((L, L), bool)
     for i in range(L):
         support[i, parts.direct[i]] = True
@@ -56,6 +59,14 @@ def test_weights(pattern, L, is_causal, seed, dtype, masked):
     support &= True if mask is None else mask
     assert not W[:, ~support].any()
     np.testing.assert_array_equal((W > 0).any(axis=0) | ~support, True)
+
+
+def parts_of(pattern, L, is_causal):
+    if isinstance(pattern, Sparse) and isinstance(pattern.pattern, Clustered):
+        pattern = pattern.pattern.at(L).sparse()
+    elif isinstance(pattern, Clustered):
+        pattern = pattern.at(L)
+    return reference.parts(pattern, L, is_causal)
 
 
 def positions_below(parts, L, r):

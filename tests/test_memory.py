@@ -12,13 +12,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import each_isa
+from cases import Clustered, each_isa
 from fresh import fresh_process, run_python
 
 import combiner
-from combiner import Dense, Fixed, LogSparse, Plan, _core
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Plan, Tree, _core
 
-PATTERNS = [Dense(), Fixed(), LogSparse(), LogSparse(hierarchical=True), LogSparse().sparse()]
+PATTERNS = [
+    Dense(),
+    Fixed(),
+    LogSparse(),
+    LogSparse(hierarchical=True),
+    LogSparse().sparse(),
+    Axial(),
+    Axial(5, "horizontal"),
+    Axial(None, "rowmajor"),
+    Axial(5, "rowmajor", "weighted"),
+    AxialMixture(),
+    Tree(3),
+    Clustered(5),
+]
 
 
 def draw(L, Hq=2, Hk=1, D=5, Dv=3, dtype=np.float32) -> list[np.ndarray]:
@@ -257,23 +270,28 @@ def test_inputs_keep_their_bytes(pattern):
 @pytest.mark.parametrize("threads", (1, 4))
 @fresh_process(COMBINER_TEST_ALLOCATOR="1")
 def test_memory_grows_with_the_length(threads):
-    """What a call takes, its plan included, at most doubles with L and is less than its arrays."""
+    """What a call takes, its plan included, at most doubles with L and is less than its arrays.
+
+    R / L times as much where there are more regions than positions: each has a row in tables like the inputs'.
+    """
     combiner.set_num_threads(threads)
-    for pattern in (Dense(), Fixed(), Fixed(64), LogSparse(), LogSparse(hierarchical=True)):
+    for pattern in (*PATTERNS, Fixed(64), Tree(16), Clustered(64)):
         taken = {}
         for L in (2048, 4096, 8192):
             q, k, v, grad_out, _ = draw(L, 4, 4, 32, 32)
-            _, saved = combiner.attention_forward(q, k, v, pattern, is_causal=True)
+            plan = pattern.plan(L, True)
+            _, saved = combiner.attention_forward(q, k, v, plan)
             for name, arrays, call in (
-                ("forward", 4, lambda: combiner.attention(q, k, v, pattern, is_causal=True)),  # noqa: B023
+                ("forward", 4, lambda: combiner.attention(q, k, v, plan)),  # noqa: B023
                 ("backward", 8, lambda: combiner.attention_backward(grad_out, saved)),  # noqa: B023
             ):
                 _core._peak_bytes()
                 before = _core._live_bytes()
                 call()
-                taken[name, L] = _core._peak_bytes() - before + saved["plan"].nbytes
+                taken[name, L] = _core._peak_bytes() - before + plan.nbytes
                 assert _core._live_bytes() == before
-                assert taken[name, L] <= arrays * q.nbytes, (pattern, name, L, taken)
+                most = arrays * max(1, plan.region_count / L) * q.nbytes
+                assert taken[name, L] <= most, (pattern, name, L, taken)
                 assert L == 2048 or taken[name, L] <= 2.1 * taken[name, L // 2], (pattern, name, L, taken)
 
 
@@ -294,7 +312,8 @@ def test_strided_views_are_not_copied(pattern):
         backward = tracemalloc.get_traced_memory()[1] - tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    R = saved["plan"].region_count
-    assert forward <= results + 4 * H * (L + R * (D + 1)) + 2**16
+    plan = saved["plan"]
+    kept = 1 + D + D * plan.weighted  # of each region: lse, value and, where it is no pool, the key
+    assert forward <= results + 4 * H * (L + plan.region_count * kept) + 2**16
     assert backward <= 2**16, "more than the gradients"
     assert len(gradients) == 5

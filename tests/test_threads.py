@@ -17,9 +17,21 @@ import pytest
 from fresh import fresh_process, run_python
 
 import combiner
-from combiner import Dense, Fixed, LogSparse, _core
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Routing, Tree, _core
 
-PATTERNS = [Dense(), Fixed(16), LogSparse(), LogSparse(hierarchical=True)]
+PATTERNS = [
+    Dense(),
+    Fixed(16),
+    LogSparse(),
+    LogSparse(hierarchical=True),
+    Axial(24),
+    Axial(24, "horizontal"),
+    Axial(24, "rowmajor"),
+    Axial(24, "rowmajor", "weighted"),
+    AxialMixture(24),
+    Tree(4),
+    Routing(np.arange(600) * 7 % 25),
+]
 
 
 def draw(L=600, H=4, D=32, dtype=np.float32) -> list[np.ndarray]:

@@ -31,7 +31,7 @@ assert_type(combiner.attend_backward(out, saved, grad_lse=out[..., 0]), AttendGr
 assert_type(combiner.merge(out, out[..., 0], out, out[..., 0]), tuple[Array, Array])
 assert_type(combiner.attention_weights(x, x, Fixed(4)), Array)
 
-plan = Plan.from_parts([[0], [1]], [[], [0]], [[0]], is_causal=True)
+plan = Plan.from_parts([[0], [1]], [[], [0]], [[0]], is_causal=True, cover="partition")
 assert_type(plan, Plan)
 assert_type(plan.length, int)
 assert_type(plan.regions, tuple[Array, ...])

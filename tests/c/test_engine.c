@@ -34,7 +34,20 @@ static double uniform(void) { return 2 * ((double)(random_bits() >> 11) * 0x1p-5
 
 /* ---- problems ----------------------------------------------------------------------------------- */
 
-typedef enum { DENSE, FIXED, LOGSPARSE, HIERARCHICAL } pattern;
+typedef enum {
+    DENSE,
+    FIXED,
+    LOGSPARSE,
+    HIERARCHICAL,
+    TREE, /* span + 1: the branching */
+    VERTICAL,
+    HORIZONTAL,
+    ROWMAJOR,
+    WEIGHTED,
+    MIXTURE,
+    ROUTING, /* span: how many clusters */
+    PATTERNS,
+} pattern;
 
 /* What a test asks for; zeros are a plain small problem but for the sizes. */
 typedef struct {
@@ -130,17 +143,40 @@ static cmb_array new_input(fixture *f, int64_t heads, int64_t rows, int64_t dim)
     return a;
 }
 
+static cmb_status build(const request *asked, cmb_plan **plan, cmb_error *error) {
+    const int64_t L = asked->L, span = asked->span;
+    const cmb_plan_options *options = &asked->options;
+    const bool is_weighted = asked->pattern == WEIGHTED;
+    switch (asked->pattern) {
+    case DENSE:
+        return cmb_plan_dense(L, options, plan, error);
+    case FIXED:
+        return cmb_plan_fixed(L, span, options, plan, error);
+    case LOGSPARSE:
+    case HIERARCHICAL:
+        return cmb_plan_logsparse(L, asked->pattern == HIERARCHICAL, options, plan, error);
+    case TREE:
+        return cmb_plan_tree(L, span + 1, 0, options, plan, error);
+    case MIXTURE:
+        return cmb_plan_axial_mixture(L, span, options, plan, error);
+    case ROUTING: {
+        int64_t *cluster = zeros((size_t)L, sizeof *cluster);
+        for (int64_t i = 0; i < L; i++)
+            cluster[i] = (i * i + i / 3) % (span < L ? span : L);
+        const cmb_status status = cmb_plan_routing(L, cluster, options, plan, error);
+        free(cluster);
+        return status;
+    }
+    default:
+        return cmb_plan_axial(L, span, (cmb_axial_order)(asked->pattern - VERTICAL - is_weighted), is_weighted, options,
+                              plan, error);
+    }
+}
+
 static cmb_plan *new_plan(const request *asked) {
     cmb_plan *plan = NULL;
     cmb_error error = {0};
-    cmb_status status = CMB_OK;
-    if (asked->pattern == DENSE)
-        status = cmb_plan_dense(asked->L, &asked->options, &plan, &error);
-    else if (asked->pattern == FIXED)
-        status = cmb_plan_fixed(asked->L, asked->span, &asked->options, &plan, &error);
-    else
-        status = cmb_plan_logsparse(asked->L, asked->pattern == HIERARCHICAL, &asked->options, &plan, &error);
-    CHECK(status == CMB_OK, "%s", error.message);
+    CHECK(build(asked, &plan, &error) == CMB_OK, "%s", error.message);
     return plan;
 }
 
@@ -182,6 +218,8 @@ static fixture *new_fixture(request asked) {
         p->mask_batch = L;
         p->mask_row = 1;
     }
+    if (f->plan->weighted && !asked.given_key)
+        p->summary_key = new_array(f, Hq, R, D);
     p->summary_value = new_array(f, Hq, R, Dv);
     p->summary_lse = new_array(f, Hq, R, 1);
     p->out = new_array(f, Hq, L, Dv);
@@ -200,8 +238,9 @@ static fixture *new_fixture(request asked) {
 static fixture *new_staged_fixture(request asked) {
     fixture *f = new_fixture(asked);
     const int64_t heads = asked.summary_key ? asked.summary_key : asked.Hk;
-    f->problem.summary_key = new_array(f, heads, f->plan->R, asked.D);
-    f->gradients.summary_key = new_array(f, heads, f->plan->R, asked.D);
+    if (!f->problem.summary_key.data)
+        f->problem.summary_key = new_array(f, heads, f->plan->R, asked.D);
+    f->gradients.summary_key = new_array(f, f->problem.summary_key.heads, f->plan->R, asked.D);
     f->gradients.summary_value = new_array(f, asked.Hq, f->plan->R, asked.Dv);
     return f;
 }
@@ -264,6 +303,7 @@ typedef struct {
     uint8_t *sees;                                     /* [rows][rows] how often a row attends another */
     uint8_t *below;                                    /* [rows][L] positions below, masked ones left out */
     int *count;                                        /* [rows] of them */
+    int64_t *pick;                                     /* [rows and scratch] of them the first in the pool's order */
     double *query, *key, *value, *lse;                 /* [rows][D], [rows][D], [rows][Dv] v, h; [rows] */
     double *out;                                       /* [L][Dv] */
     double *d_query, *d_key, *d_value, *d_out, *d_lse; /* gradients */
@@ -280,6 +320,7 @@ static table new_table(const fixture *f) {
     t.sees = zeros(n * n, 1);
     t.below = zeros(n * (size_t)t.L, 1);
     t.count = zeros(n, sizeof *t.count);
+    t.pick = zeros(n + (size_t)plan->N, sizeof *t.pick);
     t.query = zeros(n * d, w);
     t.key = zeros(n * d, w);
     t.value = zeros(n * dv, w);
@@ -302,15 +343,30 @@ static table new_table(const fixture *f) {
 }
 
 static void free_table(table *t) {
-    void *const all[] = {t->sees, t->below,   t->count, t->query,   t->key,   t->value, t->lse,
-                         t->out,  t->d_query, t->d_key, t->d_value, t->d_out, t->d_lse};
+    void *const all[] = {t->sees, t->below, t->count,   t->pick,  t->query,   t->key,   t->value,
+                         t->lse,  t->out,   t->d_query, t->d_key, t->d_value, t->d_out, t->d_lse};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         free(all[i]);
 }
 
-/* The position whose feature d is the pool's, or -1 where all count. */
-static int64_t pooled_from(const table *t, const double *from, int64_t row, int64_t d) {
+/* For every row the first unmasked position below it, or -1. */
+static void find_picks(const fixture *f, table *t) {
+    for (int64_t j = 0; j < t->L; j++)
+        t->pick[j] = t->count[j] ? j : -1;
+    for (int32_t n = 0; n < f->plan->pools; n++) {
+        const cmb_pool *step = &f->plan->pool[n];
+        t->pick[step->row] = -1;
+        for (int32_t k = step->child.count - 1; k >= 0; k--)
+            if (t->pick[list_row(f->plan, step->child, k)] >= 0)
+                t->pick[step->row] = t->pick[list_row(f->plan, step->child, k)];
+    }
+}
+
+/* The position whose feature d is the pool's. */
+static int64_t pooled_from(const table *t, cmb_pooling pooling, const double *from, int64_t row, int64_t d) {
     int64_t best = -1;
+    if (pooling == CMB_POOL_FIRST)
+        return t->pick[row];
     for (int64_t j = 0; j < t->L; j++)
         if (t->below[row * t->L + j] && (best < 0 || from[j * t->D + d] > from[best * t->D + d]))
             best = j;
@@ -319,8 +375,8 @@ static int64_t pooled_from(const table *t, const double *from, int64_t row, int6
 
 static void pool_row(const table *t, cmb_pooling pooling, double *rows, int64_t row) {
     for (int64_t d = 0; d < t->D; d++) {
-        if (pooling == CMB_POOL_MAX) {
-            rows[row * t->D + d] = rows[pooled_from(t, rows, row, d) * t->D + d];
+        if (pooling == CMB_POOL_MAX || pooling == CMB_POOL_FIRST) {
+            rows[row * t->D + d] = rows[pooled_from(t, pooling, rows, row, d) * t->D + d];
             continue;
         }
         double sum = 0;
@@ -332,9 +388,10 @@ static void pool_row(const table *t, cmb_pooling pooling, double *rows, int64_t 
 }
 
 static void pool_row_backward(const table *t, cmb_pooling pooling, const double *rows, double *grad, int64_t row) {
+    const bool is_one = pooling == CMB_POOL_MAX || pooling == CMB_POOL_FIRST;
     for (int64_t d = 0; d < t->D; d++)
         for (int64_t j = 0; j < t->L; j++) {
-            if (!t->below[row * t->L + j] || (pooling == CMB_POOL_MAX && j != pooled_from(t, rows, row, d)))
+            if (!t->below[row * t->L + j] || (is_one && j != pooled_from(t, pooling, rows, row, d)))
                 continue;
             grad[j * t->D + d] += grad[row * t->D + d] / (pooling == CMB_POOL_MEAN ? t->count[row] : 1);
         }
@@ -347,7 +404,8 @@ static double logit(const fixture *f, const table *t, int64_t x, int64_t y) {
     return f->problem.scale * sum + (f->asked.options.size_bias && y >= t->L ? log(t->count[y]) : 0);
 }
 
-static void softmax_row(const fixture *f, const table *t, int64_t x, double *to) {
+/* Means of values and, where `key` is one, of keys. */
+static void softmax_row(const fixture *f, const table *t, int64_t x, double *to, double *key) {
     double top = -INFINITY, sum = 0;
     t->lse[x] = -INFINITY;
     for (int64_t y = 0; y < t->rows; y++)
@@ -359,16 +417,24 @@ static void softmax_row(const fixture *f, const table *t, int64_t x, double *to)
     if (sum == 0)
         return;
     t->lse[x] = top + log(sum);
-    for (int64_t y = 0; y < t->rows; y++)
-        for (int64_t d = 0; t->sees[x * t->rows + y] && t->count[y] && d < t->Dv; d++)
-            to[d] += t->sees[x * t->rows + y] * exp(logit(f, t, x, y) - t->lse[x]) * t->value[y * t->Dv + d];
+    for (int64_t y = 0; y < t->rows; y++) {
+        if (!t->sees[x * t->rows + y] || !t->count[y])
+            continue;
+        const double p = t->sees[x * t->rows + y] * exp(logit(f, t, x, y) - t->lse[x]);
+        for (int64_t d = 0; d < t->Dv; d++)
+            to[d] += p * t->value[y * t->Dv + d];
+        for (int64_t d = 0; key && d < t->D; d++)
+            key[d] += p * t->key[y * t->D + d];
+    }
 }
 
 static void softmax_row_backward(const fixture *f, const table *t, int64_t x, const double *out, const double *d_out,
-                                 double d_lse) {
+                                 double d_lse, const double *key, const double *d_key) {
     double delta = -d_lse;
     for (int64_t d = 0; d < t->Dv; d++)
         delta += out[d] * d_out[d];
+    for (int64_t d = 0; key && d < t->D; d++)
+        delta += key[d] * d_key[d];
     for (int64_t y = 0; t->lse[x] > -INFINITY && y < t->rows; y++) {
         if (!t->sees[x * t->rows + y] || !t->count[y])
             continue;
@@ -377,6 +443,10 @@ static void softmax_row_backward(const fixture *f, const table *t, int64_t x, co
         for (int64_t d = 0; d < t->Dv; d++) {
             dp += d_out[d] * t->value[y * t->Dv + d];
             t->d_value[y * t->Dv + d] += p * d_out[d];
+        }
+        for (int64_t d = 0; key && d < t->D; d++) {
+            dp += d_key[d] * t->key[y * t->D + d];
+            t->d_key[y * t->D + d] += p * d_key[d];
         }
         const double ds = p * (dp - delta) * f->problem.scale;
         for (int64_t d = 0; d < t->D; d++) {
@@ -395,7 +465,8 @@ static void read_rows(const fixture *f, const cmb_array *a, int64_t b, int64_t h
 /* Head h of batch entry b, forward and backward. */
 static table attend_by_definition(const fixture *f, int64_t b, int64_t h) {
     const cmb_problem *p = &f->problem;
-    const cmb_pooling pooling = f->asked.options.pooling;
+    const cmb_pooling pooling = f->plan->pooling;
+    const bool is_weighted = f->plan->weighted && !p->region_key.data;
     table t = new_table(f);
     const int64_t L = t.L, R = t.rows - L;
     read_rows(f, &p->query, b, h, L, t.D, t.query);
@@ -405,6 +476,7 @@ static table attend_by_definition(const fixture *f, int64_t b, int64_t h) {
     read_rows(f, &f->gradients.lse, b, h, L, 1, t.d_lse);
     for (int64_t j = 0; j < L; j++)
         t.count[j] = t.below[j * L + j] = !f->mask || f->mask[b * L + j];
+    find_picks(f, &t);
     for (int64_t x = L; x < t.rows; x++) {
         for (int64_t y = 0; y < x; y++)
             for (int64_t j = 0; t.sees[x * t.rows + y] && j < L; j++)
@@ -415,24 +487,26 @@ static table attend_by_definition(const fixture *f, int64_t b, int64_t h) {
         if (t.count[x] == 0)
             continue;
         pool_row(&t, pooling, t.query, x);
-        pool_row(&t, pooling, t.key, x);
+        if (!is_weighted)
+            pool_row(&t, pooling, t.key, x);
         if (p->region_query.data)
             for (int64_t d = 0; d < t.D; d++)
                 t.query[x * t.D + d] = get(f, &p->region_query, b, h, x - L, d);
         if (p->region_key.data)
             for (int64_t d = 0; d < t.D; d++)
                 t.key[x * t.D + d] = get(f, &p->region_key, b, h * p->region_key.heads / p->Hq, x - L, d);
-        softmax_row(f, &t, x, t.value + x * t.Dv);
+        softmax_row(f, &t, x, t.value + x * t.Dv, is_weighted ? t.key + x * t.D : NULL);
     }
     for (int64_t x = 0; x < L; x++)
-        softmax_row(f, &t, x, t.out + x * t.Dv);
+        softmax_row(f, &t, x, t.out + x * t.Dv, NULL);
     for (int64_t x = 0; x < L; x++)
-        softmax_row_backward(f, &t, x, t.out + x * t.Dv, t.d_out + x * t.Dv, t.d_lse[x]);
+        softmax_row_backward(f, &t, x, t.out + x * t.Dv, t.d_out + x * t.Dv, t.d_lse[x], NULL, NULL);
     for (int64_t x = L + R - 1; x >= L; x--) {
-        softmax_row_backward(f, &t, x, t.value + x * t.Dv, t.d_value + x * t.Dv, 0);
+        softmax_row_backward(f, &t, x, t.value + x * t.Dv, t.d_value + x * t.Dv, 0,
+                             is_weighted ? t.key + x * t.D : NULL, t.d_key + x * t.D);
         if (t.count[x] && !p->region_query.data)
             pool_row_backward(&t, pooling, t.query, t.d_query, x);
-        if (t.count[x] && !p->region_key.data)
+        if (t.count[x] && !p->region_key.data && !is_weighted)
             pool_row_backward(&t, pooling, t.key, t.d_key, x);
     }
     return t;
@@ -516,7 +590,7 @@ static const request small = {
 static void every_pattern(void) {
     static const int64_t lengths[] = {1, 2, 3, 4, 5, 16, 17, 31, 67}, dims[][2] = {{8, 5}, {1, 1}, {59, 64}, {17, 33}};
     int n = 0;
-    for (int which = DENSE; which <= HIERARCHICAL; which++)
+    for (int which = DENSE; which < PATTERNS; which++)
         for (int causal = 0; causal < 2; causal++)
             for (size_t l = 0; l < sizeof lengths / sizeof *lengths; l++)
                 for (int dtype = 0; dtype < 2; dtype++) {
@@ -540,7 +614,7 @@ static void every_pattern(void) {
 
 /* Batches, groups of query heads, masks, given abstractions: all together and each alone. */
 static void every_option(void) {
-    for (int which = FIXED; which <= HIERARCHICAL; which++)
+    for (int which = FIXED; which < PATTERNS; which++)
         for (int options = 0; options < 64; options++) {
             request asked = small;
             asked.pattern = (pattern)which;
@@ -560,7 +634,7 @@ static void every_option(void) {
 
 /* Nothing to attend to: zeros, -inf, no gradient; and what is masked is never read. */
 static void masked_and_poisoned(void) {
-    for (int which = DENSE; which <= HIERARCHICAL; which++)
+    for (int which = DENSE; which < PATTERNS; which++)
         for (int dtype = 0; dtype < 2; dtype++) {
             request asked = small;
             asked.pattern = (pattern)which;
@@ -596,7 +670,7 @@ static void masked_and_poisoned(void) {
 
 /* A NaN value reaches the queries whose support holds it, directly or through a region, and no other bit. */
 static void poison_stays(void) {
-    for (int which = DENSE; which <= HIERARCHICAL; which++)
+    for (int which = DENSE; which < PATTERNS; which++)
         for (int64_t at = 0; at < small.L; at += 5) {
             request asked = small;
             asked.pattern = (pattern)which;
@@ -622,7 +696,7 @@ static void poison_stays(void) {
 static void empty(void) {
     static const int64_t sizes[][4] = {{0, 2, 2, 5}, {1, 0, 0, 5}, {1, 0, 2, 5}, {2, 2, 1, 0}, {0, 0, 0, 0}};
     for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++)
-        for (int which = DENSE; which <= HIERARCHICAL; which++) {
+        for (int which = DENSE; which < PATTERNS; which++) {
             request asked = small;
             asked.pattern = (pattern)which;
             asked.B = sizes[n][0];
@@ -655,7 +729,7 @@ static request large(pattern which) {
 }
 
 static void layouts(void) {
-    for (int which = DENSE; which <= HIERARCHICAL; which++)
+    for (int which = DENSE; which < PATTERNS; which++)
         for (int kind = 0; kind < 4; kind++) {
             request asked = large((pattern)which);
             asked.L = 75;
@@ -714,7 +788,7 @@ static void broadcast_inputs(void) {
 
 static void threads(void) {
     static const int counts[] = {1, 2, 3, 7};
-    for (int which = DENSE; which <= HIERARCHICAL; which++) {
+    for (int which = DENSE; which < PATTERNS; which++) {
         fixture *f[4];
         for (int n = 0; n < 4; n++) {
             CASE("pattern %d threads %d", which, counts[n]);
@@ -733,7 +807,7 @@ static void threads(void) {
 }
 
 static void instruction_sets(void) {
-    for (int which = DENSE; which <= HIERARCHICAL; which++)
+    for (int which = DENSE; which < PATTERNS; which++)
         for (int dtype = 0; dtype < 2; dtype++) {
             fixture *known = NULL; /* of the first with FMA */
             for (int isa = cmb_isa_count() > 1; isa < cmb_isa_count(); isa++) {
@@ -758,7 +832,7 @@ static void instruction_sets(void) {
 
 /* A batch entry, a head and a causal prefix have the bits that they have in company; another scale has others. */
 static void company(void) {
-    for (int which = DENSE; which <= HIERARCHICAL; which++) {
+    for (int which = DENSE; which < PATTERNS; which++) {
         request asked = large((pattern)which);
         CASE("company in pattern %d", which);
         fixture *all = new_fixture(asked);
@@ -808,7 +882,7 @@ static void add_arrays(const fixture *f, const cmb_array *to, const fixture *g, 
 
 /* SUMMARIZE, then ATTEND: BOTH's bits forward; backward, gradients that add up to the definition's. */
 static void stages(void) {
-    for (int which = FIXED; which <= HIERARCHICAL; which++)
+    for (int which = FIXED; which < PATTERNS; which++)
         for (int options = 0; options < 24; options++) {
             request asked = small;
             asked.pattern = (pattern)which;
@@ -1020,6 +1094,8 @@ static void wrong_arguments(void) {
     WRONG(false, VALUE, "plans must be 1 or B * Hk = 2, for each of 1 segments, got 3", p->plans = 3);
     WRONG(false, VALUE, "plans must be 1 or B * Hk = 2, for each of 1 segments, got 0", p->plans = 0);
     WRONG(false, VALUE, "plan must be of length 22, got 23", p->L = 22);
+    WRONG(false, VALUE, "plan is missing", p->plan = NULL);
+    WRONG(true, VALUE, "plan is missing", p->plan = NULL);
 
     static const struct {
         const char *name;
@@ -1100,6 +1176,7 @@ static void plans(void) {
     const cmb_plan *pair[2] = {f->plan, NULL};
     f->problem.plan = pair;
     f->problem.plans = 2;
+    expect(f, false, CMB_ERR_VALUE, "plan is missing");
     for (int n = 0; n < 3; n++) {
         other = asked;
         if (n == 0)
@@ -1146,7 +1223,7 @@ static void plans(void) {
 
 /* A call takes what it said, all of it before its first store, and gives it back; where it cannot, nothing happens. */
 static void memory(void) {
-    for (int which = DENSE; which <= HIERARCHICAL; which++)
+    for (int which = DENSE; which < PATTERNS; which++)
         for (int is_backward = 0; is_backward < 2; is_backward++)
             for (int is_large = 0; is_large < 2; is_large++) {
                 request asked = is_large ? large((pattern)which) : small;
@@ -1370,7 +1447,7 @@ static void forks(void) {
 
 /* What a call reads stays as it was. */
 static void inputs_are_kept(void) {
-    for (int which = DENSE; which <= HIERARCHICAL; which++) {
+    for (int which = DENSE; which < PATTERNS; which++) {
         request asked = large((pattern)which);
         asked.given_query = true;
         asked.given_key = asked.Hk;

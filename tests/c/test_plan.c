@@ -601,13 +601,13 @@ static cmb_lists flatten(const vector *lists, int64_t count, vector *offset, vec
     return (cmb_lists){count, offset->item, item->item};
 }
 
-static cmb_status build_parts(const random_parts *p, const cmb_plan_options *options, cmb_plan **plan,
+static cmb_status build_parts(const random_parts *p, cmb_cover cover, const cmb_plan_options *options, cmb_plan **plan,
                               cmb_error *error) {
     vector offset[3] = {{0}}, item[3] = {{0}};
     const cmb_lists direct = flatten(p->direct, p->L, &offset[0], &item[0]);
     const cmb_lists regions = flatten(p->regions, p->L, &offset[1], &item[1]);
     const cmb_lists members = flatten(p->members, p->R, &offset[2], &item[2]);
-    const cmb_status status = cmb_plan_from_parts(p->L, &direct, &regions, &members, options, plan, error);
+    const cmb_status status = cmb_plan_from_parts(p->L, &direct, &regions, &members, cover, options, plan, error);
     for (int n = 0; n < 3; n++) {
         free(offset[n].item);
         free(item[n].item);
@@ -652,18 +652,31 @@ static random_parts draw_parts(int64_t L, int64_t R, bool is_causal, bool is_nes
     return p;
 }
 
+/* Refused where query i, not -1, is the first that its parts do not cover as they must, and key j its first such. */
+static void check_cover(const random_parts *p, cmb_cover cover, bool is_causal, int64_t i, int64_t j) {
+    const cmb_plan_options options = {.is_causal = is_causal};
+    cmb_plan *plan = NULL;
+    cmb_error error = {0};
+    const cmb_status status = build_parts(p, cover, &options, &plan, &error);
+    char words[120];
+    snprintf(words, sizeof words, "parts must cover query %lld's support %s once, but key %lld ", (long long)i,
+             cover == CMB_COVER_FULL ? "at least" : "exactly", (long long)j);
+    CHECK(status == (i < 0 ? CMB_OK : CMB_ERR_VALUE) && !plan == (i >= 0), "%s, not %s", error.message, words);
+    CHECK(i < 0 || strstr(error.message, words) == error.message, "%s, not %s", error.message, words);
+    cmb_plan_free(plan);
+}
+
 static void check_parts(int64_t L, int64_t R, bool is_causal, bool is_nested, cmb_pooling pooling) {
     vector *below = make_lists(R);
     random_parts p = draw_parts(L, R, is_causal, is_nested, below);
     const cmb_plan_options options = {.is_causal = is_causal, .pooling = pooling};
     cmb_plan *plan = NULL;
     cmb_error error = {0};
-    CHECK(build_parts(&p, &options, &plan, &error) == CMB_OK, "%s", error.message);
+    CHECK(build_parts(&p, CMB_COVER_ANY, &options, &plan, &error) == CMB_OK, "%s", error.message);
     CHECK(cmb_plan_check(plan, &error) == CMB_OK, "%s", error.message);
     vector *rows = attended_rows(plan), *pooled = pooled_positions(plan);
     bool *needed = calloc((size_t)R + 1, 1);
-    int64_t pairs = 0;
-    bool is_partition = true, is_full = true;
+    int64_t pairs = 0, uneven[2] = {-1, -1}, lacking[2] = {-1, -1}; /* a query, a key */
     CHECK(needed);
     for (int64_t i = 0; i < L; i++) {
         int64_t *cover = calloc((size_t)L, sizeof *cover);
@@ -682,8 +695,10 @@ static void check_parts(int64_t L, int64_t R, bool is_causal, bool is_nested, cm
                 cover[below[r].item[k]]++;
         }
         for (int64_t j = 0; j < (is_causal ? i + 1 : L); j++) {
-            is_partition = is_partition && cover[j] == 1;
-            is_full = is_full && cover[j] > 0;
+            if (cover[j] != 1 && uneven[0] < 0)
+                memcpy(uneven, (int64_t[]){i, j}, sizeof uneven);
+            if (cover[j] == 0 && lacking[0] < 0)
+                memcpy(lacking, (int64_t[]){i, j}, sizeof lacking);
         }
         sort(&expected);
         sort(&rows[i]);
@@ -710,7 +725,10 @@ static void check_parts(int64_t L, int64_t R, bool is_causal, bool is_nested, cm
     cmb_plan_facts facts;
     CHECK(cmb_plan_measure(plan, &facts, &error) == CMB_OK, "%s", error.message);
     CHECK(facts.attend_pairs == pairs);
-    CHECK(facts.is_partition == is_partition && facts.is_full == is_full);
+    CHECK(facts.is_partition == (uneven[0] < 0) && facts.is_full == (lacking[0] < 0));
+    check_cover(&p, CMB_COVER_ANY, is_causal, -1, -1);
+    check_cover(&p, CMB_COVER_FULL, is_causal, lacking[0], lacking[1]);
+    check_cover(&p, CMB_COVER_PARTITION, is_causal, uneven[0], uneven[1]);
     cmb_plan *copy = NULL;
     CHECK(cmb_plan_from_arrays(plan, &copy, &error) == CMB_OK, "%s", error.message);
     CHECK(cmb_plan_bytes(copy) == cmb_plan_bytes(plan));
@@ -749,9 +767,15 @@ static void test_known_parts(void) {
             cmb_plan *plan = NULL;
             cmb_plan_facts facts;
             cmb_error error = {0};
-            CHECK(build_parts(&p, &options, &plan, &error) == CMB_OK, "%s", error.message);
+            CHECK(build_parts(&p, CMB_COVER_PARTITION, &options, &plan, &error) == CMB_OK, "%s", error.message);
             CHECK(cmb_plan_check(plan, &error) == CMB_OK, "%s", error.message);
             CHECK(cmb_plan_measure(plan, &facts, &error) == CMB_OK && facts.is_partition && facts.is_full);
+            check_cover(&p, CMB_COVER_FULL, is_causal, -1, -1);
+            push(&p.direct[140], 100);
+            check_cover(&p, CMB_COVER_FULL, is_causal, -1, -1);
+            check_cover(&p, CMB_COVER_PARTITION, is_causal, 140, 100);
+            p.direct[140].count = p.regions[140].count = 0;
+            check_cover(&p, CMB_COVER_FULL, is_causal, 140, 0);
             cmb_plan_free(plan);
             free_parts(&p);
             forget(&s, f.L);
@@ -759,26 +783,32 @@ static void test_known_parts(void) {
 }
 
 /* Covers everything, some of it twice. */
-static void test_full_but_no_partition(void) {
+static random_parts overlapping_parts(void) {
     const int64_t L = 130;
-    vector *direct = make_lists(L), *regions = make_lists(L);
+    random_parts p = {L, 0, make_lists(L), make_lists(L), make_lists(0)};
     for (int64_t i = 0; i < L; i++)
         for (int64_t j = 0; j <= i; j++) {
-            push(&direct[i], j);
+            push(&p.direct[i], j);
             if (j == 128)
-                push(&direct[i], j);
+                push(&p.direct[i], j);
         }
-    random_parts p = {L, 0, direct, regions, make_lists(0)};
+    return p;
+}
+
+static void test_full_but_no_partition(void) {
+    random_parts p = overlapping_parts();
     const cmb_plan_options options = {.is_causal = true};
     for (int is_full = 1; is_full >= 0; is_full--) {
         cmb_plan *plan = NULL;
         cmb_plan_facts facts;
         cmb_error error = {0};
-        CHECK(build_parts(&p, &options, &plan, &error) == CMB_OK, "%s", error.message);
+        CHECK(build_parts(&p, CMB_COVER_ANY, &options, &plan, &error) == CMB_OK, "%s", error.message);
         CHECK(cmb_plan_measure(plan, &facts, &error) == CMB_OK);
         CHECK(!facts.is_partition && facts.is_full == is_full);
+        check_cover(&p, CMB_COVER_PARTITION, true, 128, 128);
+        check_cover(&p, CMB_COVER_FULL, true, is_full ? -1 : 129, 100);
         cmb_plan_free(plan);
-        direct[129].item[100] = 99;
+        p.direct[129].item[100] = 99;
     }
     free_parts(&p);
 }
@@ -817,7 +847,17 @@ static void expect_parts(const char *message, int64_t L, const cmb_lists *direct
     const cmb_plan_options options = {.is_causal = true};
     cmb_plan *plan = NULL;
     cmb_error error = {0};
-    expect(cmb_plan_from_parts(L, direct, regions, members, &options, &plan, &error), status, plan, &error, message);
+    expect(cmb_plan_from_parts(L, direct, regions, members, CMB_COVER_ANY, &options, &plan, &error), status, plan,
+           &error, message);
+}
+
+static void expect_uncovered(const char *message, cmb_cover cover, const cmb_lists *direct, const cmb_lists *regions,
+                             const cmb_lists *members) {
+    const cmb_plan_options options = {.is_causal = true};
+    cmb_plan *plan = NULL;
+    cmb_error error = {0};
+    expect(cmb_plan_from_parts(4, direct, regions, members, cover, &options, &plan, &error), CMB_ERR_VALUE, plan,
+           &error, message);
 }
 
 #define LISTS(count, offset, ...)                        \
@@ -856,8 +896,8 @@ static void test_bad_parts(void) {
     const cmb_plan_options sparse = {.sparse = true};
     cmb_plan *plan = NULL;
     cmb_error error = {0};
-    expect(cmb_plan_from_parts(4, direct, empty, members, &sparse, &plan, &error), CMB_ERR_VALUE, plan, &error,
-           "sparse must be false: parts say themselves what is left out");
+    expect(cmb_plan_from_parts(4, direct, empty, members, CMB_COVER_ANY, &sparse, &plan, &error), CMB_ERR_VALUE, plan,
+           &error, "sparse must be false: parts say themselves what is left out");
     int64_t offset[41], item[80]; /* each region twice the one before */
     for (int64_t r = 0; r <= 40; r++)
         offset[r] = 2 * r;
@@ -865,6 +905,33 @@ static void test_bad_parts(void) {
         item[2 * r] = item[2 * r + 1] = r ? 4 + r - 1 : 0;
     expect_parts("members[30] stands for more than 2^31 - 1 positions", 4, direct, empty,
                  &(cmb_lists){40, offset, item}, CMB_ERR_OVERFLOW);
+}
+
+/* Queries see their own pair directly, and the one before it through region 0. */
+static void test_uncovered_parts(void) {
+    const cmb_lists *direct = LISTS(4, OFFSETS(0, 1, 3, 4, 6), 0, 1, 0, 2, 3, 2),
+                    *regions = LISTS(4, OFFSETS(0, 0, 0, 1, 2), 0, 0),
+                    *members = LISTS(3, OFFSETS(0, 2, 4, 5), 1, 0, 4, 0, 2);
+    const cmb_plan_options options = {.is_causal = true};
+    cmb_plan *plan = NULL;
+    CHECK(cmb_plan_from_parts(4, direct, regions, members, CMB_COVER_PARTITION, &options, &plan, NULL) == CMB_OK);
+    cmb_plan_free(plan);
+    expect_uncovered("cover must be any, full or partition, got 3", (cmb_cover)3, direct, regions, members);
+    expect_uncovered("parts must cover query 1's support exactly once, but key 0 is left out", CMB_COVER_PARTITION,
+                     LISTS(4, OFFSETS(0, 1, 2, 3, 5), 0, 1, 2, 2, 3), regions, members);
+    expect_uncovered("parts must cover query 2's support at least once, but key 0 is left out", CMB_COVER_FULL, direct,
+                     LISTS(4, OFFSETS(0, 0, 0, 1, 2), 2, 0), members);
+    expect_uncovered("parts must cover query 3's support exactly once, but key 3 lies twice in direct[3]",
+                     CMB_COVER_PARTITION, LISTS(4, OFFSETS(0, 1, 3, 4, 7), 0, 1, 0, 2, 3, 2, 3), regions, members);
+    expect_uncovered("parts must cover query 3's support exactly once, but key 1 lies in direct[3] and in region 0",
+                     CMB_COVER_PARTITION, LISTS(4, OFFSETS(0, 1, 3, 4, 7), 0, 1, 0, 2, 3, 2, 1), regions, members);
+    expect_uncovered("parts must cover query 2's support exactly once, but key 0 lies in region 0 and in region 1",
+                     CMB_COVER_PARTITION, direct, LISTS(4, OFFSETS(0, 0, 0, 2, 3), 0, 1, 0), members);
+    expect_uncovered("parts must cover query 2's support exactly once, but key 0 lies twice in region 1",
+                     CMB_COVER_PARTITION, direct, LISTS(4, OFFSETS(0, 0, 0, 1, 2), 1, 0), members);
+    expect_uncovered("parts must cover query 3's support exactly once, but key 0 lies in region 0, which regions[3] "
+                     "holds twice",
+                     CMB_COVER_PARTITION, direct, LISTS(4, OFFSETS(0, 0, 0, 1, 3), 0, 0, 0), members);
 }
 
 typedef struct {
@@ -939,7 +1006,17 @@ static cmb_status use_parts(void *context) {
     const cmb_plan_options options = {0};
     cmb_plan *plan = NULL;
     cmb_error error = {0};
-    const cmb_status status = build_parts(context, &options, &plan, &error);
+    const cmb_status status = build_parts(context, CMB_COVER_ANY, &options, &plan, &error);
+    CHECK((status == CMB_OK) == (plan != NULL) && status == error.status);
+    cmb_plan_free(plan);
+    return status;
+}
+
+static cmb_status use_covering_parts(void *context) {
+    const cmb_plan_options options = {.is_causal = true};
+    cmb_plan *plan = NULL;
+    cmb_error error = {0};
+    const cmb_status status = build_parts(context, CMB_COVER_FULL, &options, &plan, &error);
     CHECK((status == CMB_OK) == (plan != NULL) && status == error.status);
     cmb_plan_free(plan);
     return status;
@@ -954,6 +1031,9 @@ static void test_failing_allocations(void) {
     random_parts p = draw_parts(300, 50, false, true, below);
     fail_each_allocation(use_parts, &p);
     free_lists(below, 50);
+    free_parts(&p);
+    p = overlapping_parts();
+    fail_each_allocation(use_covering_parts, &p);
     free_parts(&p);
 }
 
@@ -1090,6 +1170,7 @@ int main(int argc, char **argv) {
         TEST(test_full_but_no_partition),
         TEST(test_bad_sizes),
         TEST(test_bad_parts),
+        TEST(test_uncovered_parts),
         TEST(test_lengths_beyond_memory),
         TEST(test_failing_allocations),
         TEST(test_check_refuses),
