@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cases import FIRST_FAST, LAWS
+from cases import FIRST_FAST
 from peers import PEERS
 
 RESULTS = Path(__file__).parent / "results" / "bench.json"

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from cases import ARITHMETIC, GROWTH, LAWS, LENGTHS, MEMORY, PLANS, RATIOS, Case, Growth
 from peers import PEERS, Arrays, Call
-from report import RESULTS, tables
+from report import RESULTS, slope, tables
 
 import combiner
 from combiner.patterns import _plan
@@ -190,11 +190,6 @@ def time_group(cases: Sequence[Case]) -> list[dict[str, Any]]:
     return rows
 
 
-def slope(lengths: Iterable[int], values: Iterable[float]) -> float:
-    """The slope of the straight line fitted to log(value) over log(length)."""
-    return float(np.polyfit(np.log(list(lengths)), np.log(list(values)), 1)[0])
-
-
 def time_growth(growth: Growth) -> dict[str, Any]:
     """The rows of its cases, the slope of their medians and the law's own over the same lengths."""
     rows = [time_group([case])[0] for case in growth.cases]
@@ -204,8 +199,8 @@ def time_growth(growth: Growth) -> dict[str, Any]:
     return {
         "law": growth.law,
         "rows": rows,
-        "slope": slope(lengths, (row["ours"]["median"] for row in rows)),
-        "law_slope": slope(lengths, map(LAWS[growth.law], lengths)),
+        "slope": slope(times),
+        "law_slope": slope({length: LAWS[growth.law](length) for length in lengths}),
         "ratio": ratio,  # of the time of the last length to that of a quarter of it
         "limit": growth.limit,
         "met": None if growth.limit is None else ratio <= growth.limit,
