@@ -17,8 +17,12 @@ RESULTS = Path(__file__).parent / "results" / "bench.json"
 PASSES = ("forward", "forward + backward")
 
 # Our patterns in the picture beside those of the growth, and the length from which on slopes are fitted.
-PLOTTED = ("dense", "rowmajor")
+PLOTTED = ("dense", "logsparse", "rowmajor")
 LONG = 2048
+
+QUERY = "the query itself"
+
+LEAST_MEBIBYTES = 0.5  # below it, pages are not counted one by one
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -111,7 +115,7 @@ def _lengths(rows: list[dict[str, Any]]) -> str:
             MET[last["met"]],
         )
 
-    header = ("pattern", "passes", *(f"L {length}" for length in lengths), "L with 1x and more", f"<= {FIRST_FAST}")
+    header = ("pattern", "passes", *(f"L {length}" for length in lengths), "1x from L", f"<= {FIRST_FAST}")
     return table(
         (*header, f"wanted at {lengths[-1]}", "met"),
         (cells(name, passes, rows) for (name, passes), rows in _by_pattern(rows).items()),
@@ -240,8 +244,11 @@ def slope(points: dict[int, float]) -> float:
     return float(np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0])
 
 
-def _panels(ylabel: str, lines: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
-    """A panel for each kind of pass, logarithmic both ways: lines by passes and name, their slopes in the legend."""
+def _panels(ylabel: str, lines: dict[str, dict[str, dict[int, float]]], path: Path, *, least: float = 0.0) -> None:
+    """A panel for each kind of pass, logarithmic both ways: lines by passes and name, their slopes in the legend.
+
+    Values below `least` are drawn there and not fitted.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -249,14 +256,17 @@ def _panels(ylabel: str, lines: dict[str, dict[str, dict[int, float]]], path: Pa
     from matplotlib.ticker import FuncFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
-    names = list(dict.fromkeys(name for passes in PASSES for name in lines[passes]))
+    references = PEERS["sdpa"].title, QUERY
+    names = list(dict.fromkeys(name for passes in PASSES for name in lines[passes] if name not in references))
     for axis, passes in zip(axes, PASSES, strict=True):
         for name, points in sorted(lines[passes].items(), key=lambda line: -line[1][max(line[1])]):
-            style = "ks--" if name == PEERS["sdpa"].title else "o-"
-            color = {} if style == "ks--" else {"color": f"C{names.index(name) % 10}"}
-            long = {length: value for length, value in sorted(points.items()) if length >= LONG}
+            color = "k" if name in references else f"C{names.index(name)}"
+            style = "s--" if name in references else "o-"
+            long = {length: value for length, value in points.items() if length >= LONG and value > least}
             label = f"{name}: slope {slope(long):.2f}" if len(long) > 2 else name
-            axis.plot(*zip(*sorted(points.items()), strict=True), style, markersize=4, label=label, **color)
+            lengths = sorted(points)
+            values = [max(points[length], least) for length in lengths]
+            axis.plot(lengths, values, style, color=color, markersize=4, label=label)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda length, _: f"{length:.0f}"))
         axis.set(yscale="log", xlabel="L", title=passes)
@@ -269,7 +279,7 @@ def _panels(ylabel: str, lines: dict[str, dict[str, dict[int, float]]], path: Pa
 
 
 def plot(results: dict[str, Any], directory: Path) -> None:
-    """time.png and memory.png: seconds, and bytes over inputs and outputs in units of the query, over L."""
+    """time.png and memory.png in the directory: seconds, and MiB over inputs and outputs, over L."""
     times: dict[str, dict[str, dict[int, float]]] = {passes: {} for passes in PASSES}
     for growth in results["growth"]:
         for row in growth["rows"]:
@@ -283,10 +293,13 @@ def plot(results: dict[str, Any], directory: Path) -> None:
     _panels("seconds", times, directory / "time.png")
 
     memory: dict[str, dict[str, dict[int, float]]] = {passes: {} for passes in PASSES}
+    several = {row["name"] for row in results["memory"] if row["length"] != results["memory"][-1]["length"]}
     for row in results["memory"]:
-        memory[row["passes"]].setdefault(row["pattern"], {})[row["length"]] = max(row["excess_bytes"], 2**19) / 2**20
-    lines = {passes: {name: points for name, points in memory[passes].items() if len(points) > 1} for passes in PASSES}
-    _panels("MiB over inputs and outputs", lines, directory / "memory.png")
+        if row["name"] in several:
+            line = memory[row["passes"]]
+            line.setdefault(row["pattern"], {})[row["length"]] = row["excess_bytes"] / 2**20
+            line.setdefault(QUERY, {})[row["length"]] = row["query_bytes"] / 2**20
+    _panels("MiB over inputs and outputs", memory, directory / "memory.png", least=LEAST_MEBIBYTES)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import importlib.util
 import itertools
 import json
 import math
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 from cases import ARITHMETIC, GROWTH, LAWS, LENGTHS, MEMORY, PLANS, RATIOS, Case, Growth
 from peers import PEERS, Arrays, Call
-from report import RESULTS, slope, tables
+from report import RESULTS, plot, slope, tables
 
 import combiner
 from combiner.patterns import _plan
@@ -373,6 +374,8 @@ def main() -> None:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1) + "\n")
+        if importlib.util.find_spec("matplotlib"):
+            plot(results, out.parent)
 
 
 if __name__ == "__main__":
