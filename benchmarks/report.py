@@ -22,6 +22,8 @@ LONG = 2048
 
 QUERY = "the query itself"
 
+BUSY = 0.5  # a load at the start above which other work disturbs
+
 LEAST_MEBIBYTES = 0.5  # below it, pages are not counted one by one
 
 
@@ -58,11 +60,12 @@ def _wanted(row: dict[str, Any]) -> str:
 
 def _machine(machine: dict[str, Any]) -> str:
     library = machine["combiner"]
+    busy = " **The machine was busy: peers whose threads spin suffer most.**" if machine["load"] > BUSY else ""
     return (
         f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']:.2f} at the start; combiner "
         f"{library['version']} ({library['isa']}), torch {machine['torch'] or 'not installed'}, "
         f"jax {machine['jax'] or 'not installed'}, Python {machine['python']}, {machine['date']}. "
-        "Times: median (least)."
+        f"Times: median (least).{busy}"
     )
 
 
