@@ -33,7 +33,7 @@ class Case:
     dim: int = 64
     is_causal: bool = True
     dtype: str = "float32"
-    peers: tuple[str, ...] = ()  # in peers.PEERS
+    peers: tuple[str, ...] = ()  # in peers.PEERS, or "one-thread": ours
     target: float | None = None  # the least ratio to reach, to the fastest of the peers
     limit: float | None = None  # the most that may be: seconds of a call, or its memory in units of the query
     rounds: int = 15
@@ -177,6 +177,9 @@ ARITHMETIC = tuple(
     Case(name="arithmetic", made=Dense(), length=4096, backward=b, threads=1, target=target, rounds=9)
     for b, target in zip(PASSES, (0.80, 0.85), strict=True)
 )
+
+# By the names that test_kernels --bench gives them: the least share of the core.
+PRODUCTS = {"S = K Q^T": 0.80, "O += P^T V": 0.80, "dV += P dO": 0.85}
 
 # How long a plan takes to make beside a forward at L = 16384, and its bytes beside query, key, value and out at 65536.
 PLANS = tuple(Case(name=f"plan-{name}", made=pattern, length=16384, rounds=3) for name, pattern, *_ in PATTERNS)

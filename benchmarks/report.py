@@ -50,7 +50,7 @@ def _times(times: dict[str, Any]) -> str:
 
 
 def _title(peer: str) -> str:
-    return PEERS[peer].title if peer in PEERS else peer
+    return PEERS[peer].title if peer in PEERS else f"ours, {peer}"
 
 
 def _wanted(row: dict[str, Any]) -> str:
