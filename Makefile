@@ -26,7 +26,7 @@ test-slow: build # the sweeps that `make test` leaves out, and every float32 tha
 	$(MAKE) $(BUILD)/plain/test_kernels
 	$(BUILD)/plain/test_kernels --exhaustive
 
-bench: .venv/bench
+bench: .venv/bench $(BUILD)/plain/test_kernels
 	$(BIN)/python benchmarks/run.py
 
 gallery: build # the pictures of docs/patterns.md

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured, as data. Arrays are `[B, H, L, D]`; ratios are the peer's time over ours."""
+"""What is measured, as data. Arrays are `[B, H, L, D]`; ratios are a peer's time over ours."""
 
 from __future__ import annotations
 
@@ -18,20 +18,24 @@ Made: TypeAlias = Pattern | Mixture | Callable[[int], Routing]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One timing: a pattern at one length, beside a peer's attention on the same arrays if `peer` names one."""
+    """One timing: a pattern at one length, beside its peers on the same arrays.
+
+    Neighbours that differ in name, pattern and target alone are timed together where their peers are dense.
+    """
 
     name: str
     made: Made  # the pattern, or what makes one for a length
     length: int
-    backward: bool  # forward and backward together, else forward alone
+    backward: bool = False  # forward and backward together, else forward alone
     threads: int = 2
     batch: int = 1
     heads: int = 8
     dim: int = 64
     is_causal: bool = True
     dtype: str = "float32"
-    peer: str | None = None
-    target: float | None = None  # the least ratio to reach
+    peers: tuple[str, ...] = ()  # in peers.PEERS, or "one-thread": ours
+    target: float | None = None  # the least ratio to reach, to the fastest of the peers
+    limit: float | None = None  # the most that may be: seconds of a call, or its memory in units of the query
     rounds: int = 15
 
     @property
@@ -51,6 +55,7 @@ class Growth:
 
     cases: tuple[Case, ...]
     law: str  # in LAWS
+    limit: float | None  # the most that the time of the last length may be of that of a quarter of it
 
 
 LAWS: dict[str, Callable[[int], float]] = {
@@ -71,8 +76,9 @@ def routing_heads(length: int) -> Routing:
     return routing(length, 8)
 
 
-# At L = 16384, beside dense attention: the least ratios to reach, forward and with backward.
+# The least ratios to dense attention to reach at L = 16384, forward and with backward.
 PATTERNS: tuple[tuple[str, Made, float, float], ...] = (
+    ("dense", Dense(), 1, 1),
     ("fixed", Fixed(128), 65, 65),
     ("logsparse", LogSparse(), 70, 60),
     ("logsparse-hierarchical", LogSparse(hierarchical=True), 8, 8),
@@ -86,42 +92,94 @@ PATTERNS: tuple[tuple[str, Made, float, float], ...] = (
     ("mixture", Mixture(Fixed(128), LogSparse()), 8, 8),
 )
 
+# From this length on every pattern is to be as fast as dense attention.
+FIRST_FAST = 512
+
+# Every pattern at every length: at the longest with the ratios above.
+LENGTHS = tuple(
+    Case(
+        name=name,
+        made=pattern,
+        length=length,
+        backward=b,
+        peers=("sdpa",),
+        target=targets[b] if length == 16384 else 1 if length >= FIRST_FAST else None,
+        rounds=5 if length >= 8192 else 9,
+    )
+    for length in (1 << k for k in range(6, 15))
+    for b in PASSES
+    for name, pattern, *targets in PATTERNS
+)
+
+# torch.compile takes minutes over LogSparse's levels: its peers are "torch" and "jax".
+FRAMEWORKS = ("torch", "jax", "torch-compiled")
+
 RATIOS = (
     *(
-        Case(name="dense", made=Dense(), length=4096, backward=b, threads=n, peer="sdpa", target=target)
+        Case(name="dense", made=Dense(), length=4096, backward=b, threads=n, peers=("sdpa",), target=target, rounds=9)
         for n in (1, 2)
         for b, target in zip(PASSES, (1.3, 1.4), strict=True)
     ),
     *(
-        Case(name=name, made=pattern, length=16384, backward=b, peer="sdpa", target=target, rounds=5)
-        for name, pattern, *targets in PATTERNS
-        for b, target in zip(PASSES, targets, strict=True)
+        Case(name=f"{name}-frameworks", made=pattern, length=16384, backward=b, peers=peers, target=target, rounds=5)
+        for name, pattern, peers, target in (
+            ("fixed", Fixed(128), (*FRAMEWORKS, "torch-masked"), 5.5),
+            ("logsparse", LogSparse(), FRAMEWORKS[:2], None),
+            ("rowmajor", Axial(128, "rowmajor"), FRAMEWORKS, None),
+        )
+        for b in PASSES
     ),
+    *(
+        Case(name="threads", made=pattern, length=length, backward=b, peers=("one-thread",), target=1.9, rounds=9)
+        for pattern, length in ((Fixed(128), 16384), (LogSparse(), 16384), (Dense(), 4096))
+        for b in PASSES
+    ),
+    Case(name="tiny", made=Fixed(), length=16, heads=1, peers=("sdpa",), limit=15e-6, rounds=101),
 )
 
 GROWTH = tuple(
     Growth(
         law=law,
+        limit=limit,
         cases=tuple(
-            Case(name=name, made=pattern, length=1 << k, backward=b, rounds=9)
+            Case(name=name, made=pattern, length=1 << k, backward=b, rounds=7)
             for k in range(12, 17)  # Fixed's own span is then 64, 128, 128, 256, 256
         ),
     )
-    for name, pattern, law in (
-        ("growth-fixed", Fixed(), "L sqrt(L)"),
-        ("growth-logsparse", LogSparse(), "L log(L)"),
+    for name, pattern, law, limit in (
+        ("growth-fixed", Fixed(), "L sqrt(L)", 8.4),
+        ("growth-logsparse", LogSparse(), "L log(L)", 4.8),
     )
     for b in PASSES
 )
 
 # One call each, in a fresh process: the bytes it takes beyond its inputs and outputs.
 MEMORY = tuple(
-    Case(name=name, made=pattern, length=length, backward=b)
+    Case(
+        name=f"memory-{name}",
+        made=pattern,
+        length=length,
+        backward=b,
+        limit=(1, 3)[b] if length == 65536 else None,
+    )
     for name, pattern, lengths in (
-        ("memory-dense", Dense(), (4096, 16384)),
-        ("memory-fixed", Fixed(), (4096, 16384, 65536)),
-        ("memory-logsparse", LogSparse(), (4096, 16384, 65536)),
+        ("dense", Dense(), (4096, 16384)),
+        ("fixed", Fixed(), (4096, 16384, 65536)),
+        ("logsparse", LogSparse(), (4096, 16384, 65536)),
+        *((name, pattern, (65536,)) for name, pattern, *_ in PATTERNS if name not in ("dense", "fixed", "logsparse")),
     )
     for b in PASSES
     for length in lengths
 )
+
+# The arithmetic of attention on one core, beside what the core can do.
+ARITHMETIC = tuple(
+    Case(name="arithmetic", made=Dense(), length=4096, backward=b, threads=1, target=target, rounds=9)
+    for b, target in zip(PASSES, (0.80, 0.85), strict=True)
+)
+
+# By the names that test_kernels --bench gives them: the least share of the core.
+PRODUCTS = {"S = K Q^T": 0.80, "O += P^T V": 0.80, "dV += P dO": 0.85}
+
+# How long a plan takes to make beside a forward at L = 16384, and its bytes beside query, key, value and out at 65536.
+PLANS = tuple(Case(name=f"plan-{name}", made=pattern, length=16384, rounds=3) for name, pattern, *_ in PATTERNS)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times attention beside its peers on the same arrays in one process, and prints tables.
 
-Rounds alternate, ours, the peer, ours, the peer, so that whatever else the machine does meets both alike. A ratio is
-the median over rounds of the peer's time over ours. Without torch our own times alone are measured.
+Rounds alternate, ours, the peers, ours, the peers, so that whatever else the machine does meets all alike. A ratio is
+the median over rounds of a peer's time over ours. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import importlib.util
+import itertools
 import json
+import math
 import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
@@ -24,16 +29,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cases import GROWTH, LAWS, MEMORY, RATIOS, Case, Growth
-from report import RESULTS, tables
+from cases import ARITHMETIC, GROWTH, LAWS, LENGTHS, MEMORY, PLANS, PRODUCTS, RATIOS, Case, Growth
+from peers import PEERS, Arrays, Call
+from report import RESULTS, plot, slope, tables
 
 import combiner
-
-Arrays = list[np.ndarray]
-Call = Callable[[], Arrays]
+from combiner.patterns import _plan
 
 # Between two timings: a library's threads may spin for a while after their work, on the other's time.
 SETTLE_SECONDS = 0.02
+
+# A timing takes at least this long: as many calls one after the other as that needs.
+LEAST_SECONDS = 0.002
+
+KERNELS = Path(__file__).parent.parent / "build" / "plain" / "test_kernels"
+
+# One thread of the BLAS that NumPy brings, which chooses its own kernels. In a process of its own.
+SGEMM = """
+import time, numpy
+a, b, out = numpy.random.default_rng(0).standard_normal((3, 1536, 1536), numpy.float32)
+times = []
+for _ in range(12):
+    start = time.perf_counter()
+    numpy.matmul(a, b, out)
+    times.append(time.perf_counter() - start)
+print(2 * 1536**3 / min(times) * 1e-9)
+"""
 
 
 def inputs(case: Case) -> Arrays:
@@ -61,28 +82,26 @@ def ours(case: Case, arrays: Arrays) -> Call:
     return both if case.backward else forward
 
 
-def sdpa(case: Case, arrays: Arrays) -> Call:
-    """The same of PyTorch's scaled_dot_product_attention, which is dense whatever our pattern is."""
-    import torch
+def one_thread(case: Case, arrays: Arrays) -> Call:
+    """Ours with one thread, as a peer."""
+    call = ours(case, arrays)
 
-    attention = torch.nn.functional.scaled_dot_product_attention
-    *tensors, grad_out = map(torch.from_numpy, arrays)
-    torch.set_num_threads(case.threads)
+    def alone() -> Arrays:
+        combiner.set_num_threads(1)
+        try:
+            return call()
+        finally:
+            combiner.set_num_threads(case.threads)
 
-    def forward() -> Arrays:
-        with torch.no_grad():
-            return [attention(*tensors, is_causal=case.is_causal).numpy()]
-
-    def both() -> Arrays:
-        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        out = attention(*leaves, is_causal=case.is_causal)
-        out.backward(grad_out)
-        return [out.detach().numpy(), *(leaf.grad.numpy() for leaf in leaves)]
-
-    return both if case.backward else forward
+    return alone
 
 
-PEERS = {"sdpa": sdpa}
+def peers(case: Case, arrays: Arrays) -> dict[str, Call]:
+    """The case's peers that are there."""
+    made = {name: PEERS[name].make for name in case.peers if name in PEERS and PEERS[name].is_there}
+    if "one-thread" in case.peers:
+        made["one-thread"] = one_thread
+    return {name: make(case, arrays) for name, make in made.items()}
 
 
 def package_version(name: str) -> str | None:
@@ -93,12 +112,13 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def seconds(call: Call) -> float:
-    """How long one call takes."""
+def seconds(call: Call, count: int = 1) -> float:
+    """How long one of `count` calls takes."""
     time.sleep(SETTLE_SECONDS)
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
 
 
 def describe(case: Case) -> dict[str, Any]:
@@ -108,42 +128,83 @@ def describe(case: Case) -> dict[str, Any]:
     return {**fields, "pattern": repr(case.pattern), "passes": case.passes}
 
 
-def time_case(case: Case) -> dict[str, Any]:
-    """The case, the seconds of every round, ours and the peer's, the ratio and whether it meets the target."""
-    arrays = inputs(case)
-    calls = [ours(case, arrays)]
-    if case.peer and package_version("torch"):
-        calls.append(PEERS[case.peer](case, arrays))
-
-    results = [call() for call in calls]  # warms up
-    if len(calls) == 2 and isinstance(case.pattern, combiner.Dense):
-        for name, a, b in zip(("out", "grad_query", "grad_key", "grad_value"), *results, strict=False):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3, err_msg=f"{case.name}: {name} is not the peer's")
-    del results
-
-    rounds = [[seconds(call) for call in calls] for _ in range(case.rounds)]
-    row = describe(case)
-    for whose, times in zip(("ours", "peers"), zip(*rounds, strict=True), strict=False):
-        row[whose] = {"median": statistics.median(times), "min": min(times), "rounds": times}
-    row["ratio"] = statistics.median(peer / own for own, peer in rounds) if len(calls) == 2 else None
-    row["met"] = None if row["ratio"] is None or case.target is None else row["ratio"] >= case.target
-    return row
+def times_of(rounds: Sequence[float]) -> dict[str, Any]:
+    """The times of every round, and what tables show of them."""
+    return {"median": statistics.median(rounds), "min": min(rounds), "rounds": rounds}
 
 
-def slope(lengths: Iterable[int], values: Iterable[float]) -> float:
-    """The slope of the straight line fitted to log(value) over log(length)."""
-    return float(np.polyfit(np.log(list(lengths)), np.log(list(values)), 1)[0])
+def check(case: Case, own: Arrays, peer: str, theirs: Arrays) -> None:
+    """That a peer of the same function gives the same in float32, gradients that sum over 16384 queries included."""
+    for name, a, b in zip(("out", "grad_query", "grad_key", "grad_value"), own, theirs, strict=False):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3, err_msg=f"{case.name}: {name} is not that of {peer}")
+
+
+def is_dense(peer: str) -> bool:
+    """Whether the peer is dense attention, whatever the pattern."""
+    return peer in PEERS and PEERS[peer].is_dense
+
+
+def together(case: Case) -> object:
+    """Neighbours for which this is equal are timed together: those with dense peers; any other case alone."""
+    if not case.peers or not all(map(is_dense, case.peers)):
+        return case
+    return dataclasses.replace(case, name="", made=combiner.Dense(), target=None, limit=None)
+
+
+def time_group(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Each case, the seconds of every round, ours and the peers', the ratios and whether all is as it should be."""
+    first = cases[0]
+    arrays = inputs(first)
+    own = [ours(case, arrays) for case in cases]
+    others = peers(first, arrays)
+    for name, call in others.items():
+        theirs = call()
+        for case, mine in zip(cases, own, strict=True):
+            if not is_dense(name) or isinstance(case.pattern, combiner.Dense):
+                check(case, mine(), name, theirs)
+        del theirs
+
+    calls = [*own, *others.values()]
+    for call in own:
+        call()  # warms up, as the check did the peers
+    counts = [max(1, math.ceil(LEAST_SECONDS / seconds(call))) for call in calls]
+    rounds = [list(map(seconds, calls, counts)) for _ in range(first.rounds)]
+    times = list(zip(*rounds, strict=True))
+    theirs_all = dict(zip(others, times[len(own) :], strict=True))
+
+    rows = []
+    for case, mine in zip(cases, times, strict=False):
+        ratios = {
+            name: statistics.median(their / my for their, my in zip(theirs, mine, strict=True))
+            for name, theirs in theirs_all.items()
+        }
+        row = {
+            **describe(case),
+            "ours": times_of(mine),
+            "theirs": {name: times_of(theirs) for name, theirs in theirs_all.items()},
+            "ratios": ratios,
+            "ratio": min(ratios.values(), default=None),  # to the fastest
+        }
+        met = [row["ours"]["median"] <= case.limit] if case.limit else []
+        met += [row["ratio"] >= case.target] if case.target and ratios else []
+        rows.append({**row, "met": all(met) if met else None})
+    return rows
 
 
 def time_growth(growth: Growth) -> dict[str, Any]:
     """The rows of its cases, the slope of their medians and the law's own over the same lengths."""
-    rows = [time_case(case) for case in growth.cases]
+    rows = [time_group([case])[0] for case in growth.cases]
     lengths = [case.length for case in growth.cases]
+    times = {case.length: row["ours"]["median"] for case, row in zip(growth.cases, rows, strict=True)}
+    ratio = times[lengths[-1]] / times[lengths[-1] // 4]
     return {
         "law": growth.law,
         "rows": rows,
-        "slope": slope(lengths, (row["ours"]["median"] for row in rows)),
-        "law_slope": slope(lengths, map(LAWS[growth.law], lengths)),
+        "slope": slope(times),
+        "law_slope": slope({length: LAWS[growth.law](length) for length in lengths}),
+        "ratio": ratio,  # of the time of the last length to that of a quarter of it
+        "limit": growth.limit,
+        "met": None if growth.limit is None else ratio <= growth.limit,
     }
 
 
@@ -176,7 +237,77 @@ def measure_memory(case: Case) -> dict[str, Any]:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         excess = fresh.submit(excess_bytes, case).result()
     query = case.batch * case.heads * case.length * case.dim * np.dtype(case.dtype).itemsize
-    return {**describe(case), "excess_bytes": excess, "query_bytes": query}
+    met = None if case.limit is None else excess <= case.limit * query
+    return {**describe(case), "excess_bytes": excess, "query_bytes": query, "met": met}
+
+
+def kernel_gflops() -> dict[str, float]:
+    """By name, of the instruction set in use in float32: the loop of multiply-adds and the products of a tile of 64.
+
+    Empty where the C tests have not been built.
+    """
+    if not KERNELS.exists():
+        return {}
+    text = subprocess.run([KERNELS, "--bench"], check=True, capture_output=True, text=True).stdout
+    section = next(part for part in text.split("\n\n") if part.strip().startswith(f"{combiner.info()['isa']} float"))
+    rates = dict(re.findall(r"^\s*(\S.*?)  +\d+ x 64 x \d+ +\d+ ns +([\d.]+) GFLOP/s$", section, re.M))
+    limit = re.search(r"multiply-add loop +([\d.]+) GFLOP/s", section)
+    assert limit, text
+    return {"multiply-add loop": float(limit[1])} | {name: float(rate) for name, rate in rates.items()}
+
+
+def measure_arithmetic(cases: Iterable[Case]) -> list[dict[str, Any]]:
+    """GFLOP/s of one core, the best of each, and their share of the loop of multiply-adds."""
+    cases = list(cases)
+    if not cases:
+        return []
+    rates = kernel_gflops()
+    limit = rates.get("multiply-add loop")
+    threads = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL")}
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"} | threads
+    done = subprocess.run([sys.executable, "-c", SGEMM], check=True, capture_output=True, text=True, env=environment)
+    rows = [{"what": name, "gflops": rate, "target": PRODUCTS.get(name)} for name, rate in rates.items()]
+    rows.append({"what": "NumPy's sgemm, 1536 x 1536 x 1536", "gflops": float(done.stdout), "target": None})
+    for case in cases:
+        plan = case.pattern.plan(case.length, case.is_causal)
+        flops = plan.flops(case.dim) + (plan.flops(case.dim, backward=True) if case.backward else 0)
+        (row,) = time_group([case])
+        rate = case.batch * case.heads * flops / row["ours"]["min"] * 1e-9
+        what = f"attention, {case.pattern!r}, L {case.length}, {case.passes}, exponentials included"
+        rows.append({"what": what, "gflops": rate, "target": case.target})
+    for row in rows:
+        row["share"] = row["gflops"] / limit if limit else None
+        row["met"] = row["share"] >= row["target"] if limit and row["target"] else None
+    return rows
+
+
+def plan_bytes(plan: Any) -> int:
+    """The bytes of a plan, or of all in a tuple."""
+    return sum(map(plan_bytes, plan)) if isinstance(plan, tuple) else plan.nbytes
+
+
+def measure_plan(case: Case) -> dict[str, Any]:
+    """How long the case's plan takes to make, beside a call with it made; its bytes at four times the length."""
+    pattern = case.pattern
+
+    def build() -> Arrays:
+        _plan.cache_clear()
+        pattern.plan(case.length, case.is_causal)
+        return []
+
+    (row,) = time_group([case])
+    took = min(seconds(build) for _ in range(case.rounds))
+    long = dataclasses.replace(case, length=4 * case.length)
+    size = plan_bytes(long.pattern.plan(long.length, long.is_causal))
+    arrays = 4 * long.batch * long.heads * long.length * long.dim * np.dtype(long.dtype).itemsize
+    return {
+        **describe(case),
+        "build": took,
+        "build_share": took / row["ours"]["median"],
+        "long_length": long.length,
+        "nbytes": size,
+        "nbytes_share": size / arrays,
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -191,13 +322,14 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": package_version("torch"),
+        "jax": package_version("jax"),
         "combiner": combiner.info(),
     }
 
 
 def shortened(case: Case) -> Case:
     """The case at 1/64 of its length, without a target: for a look at whether all runs."""
-    return dataclasses.replace(case, length=case.length // 64, rounds=2, target=None)
+    return dataclasses.replace(case, length=max(1, case.length // 64), rounds=2, target=None, limit=None)
 
 
 def main() -> None:
@@ -211,20 +343,30 @@ def main() -> None:
         chosen = (case for case in cases if args.only in case.name)
         return tuple(map(shortened, chosen) if args.quick else chosen)
 
-    def measure(function: Callable[[Any], dict[str, Any]], items: Iterable[Any]) -> list[dict[str, Any]]:
+    def measure(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         rows = []
         for item in items:
-            first = item if isinstance(item, Case) else item.cases[0]
-            print(f"{first.name}, {first.passes}, {first.threads} threads", file=sys.stderr)
+            first = item if isinstance(item, Case) else item.cases[0] if isinstance(item, Growth) else item[0]
+            print(f"{first.name}, L {first.length}, {first.passes}, {first.threads} threads", file=sys.stderr)
             rows.append(function(item))
         return rows
 
-    growth = (dataclasses.replace(growth, cases=wanted(growth.cases)) for growth in GROWTH)
+    def time_all(cases: Iterable[Case]) -> list[dict[str, Any]]:
+        groups = [list(group) for _, group in itertools.groupby(wanted(cases), together)]
+        return [row for rows in measure(time_group, groups) for row in rows]
+
+    growth = (
+        dataclasses.replace(growth, cases=wanted(growth.cases), limit=None if args.quick else growth.limit)
+        for growth in GROWTH
+    )
     results = {
         "machine": machine(),
-        "ratios": measure(time_case, wanted(RATIOS)),
-        "growth": measure(time_growth, (growth for growth in growth if growth.cases)),
+        "ratios": time_all(RATIOS),
+        "lengths": time_all(LENGTHS),
+        "growth": measure(time_growth, (each for each in growth if each.cases)),
         "memory": measure(measure_memory, wanted(MEMORY)) if Path("/proc/self/status").exists() else [],
+        "arithmetic": measure_arithmetic(wanted(ARITHMETIC)),
+        "plans": measure(measure_plan, wanted(PLANS)),
     }
     print(tables(results))
 
@@ -232,6 +374,8 @@ def main() -> None:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1) + "\n")
+        if importlib.util.find_spec("matplotlib"):
+            plot(results, out.parent)
 
 
 if __name__ == "__main__":
