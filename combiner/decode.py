@@ -18,11 +18,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .functional import attend, attention, summarize
+from .functional import AttendOptions, Summary, attend, summarize
 from .patterns import AnyPattern, Dense, Factorization, Fixed, LogSparse, Mixture, Sparse, Tree
 from .plan import Array, Plan
 
-_LARGE = 4096  # plans of more rows are not kept: to attend so many takes longer than to make the plan
+_LARGE = 1024  # rows: to attend more takes longer than to make a plan, which is not kept then
 
 
 class _Nodes(NamedTuple):
@@ -124,8 +124,8 @@ class _Table:
         return (self.query.nbytes if self.query else 0) + self.key.nbytes + self.value.nbytes
 
     def push(self, query: Array | None, key: Array, value: Array) -> None:
-        if self.query and query is not None:
-            self.query.push(query)
+        if self.query:
+            self.query.push(key if query is None else query)  # None: nothing will read it
         self.key.push(key)
         self.value.push(value)
 
@@ -224,10 +224,12 @@ class Decoder:
         if self._length:
             raise ValueError(f"prefill must come before all other tokens, got it at length {self._length}")
         query, key, value = self._check(query, key, value)
-        out = attention(query, key, value, self._pattern, is_causal=True, scale=self._scale)
         try:
+            options: AttendOptions = {"is_causal": True, "scale": self._scale}
+            summary = summarize(query, key, value, self._pattern, **options)
+            out = attend(query, key, value, summary.key, summary.value, self._pattern, **options)
             if query.shape[-2]:
-                self._fill(query, key, value)
+                self._fill(query, key, value, summary)
         except BaseException:
             self.reset()
             raise
@@ -314,7 +316,8 @@ class Decoder:
         assert self._stack
         below = self._stack.count
         counts = tuple(self._counts) if self._pattern_size_bias() else (below,)
-        make = _attend_plan if below <= _LARGE else _attend_plan.__wrapped__
+        is_kept = below <= _LARGE and self._nodes.can_grow(0)  # others do not come again
+        make = _attend_plan if is_kept else _attend_plan.__wrapped__
         seen_value = self._stack.value.rows(0, below)
         if seen_value.shape[-3] != query.shape[-3]:
             seen_value = np.broadcast_to(seen_value, (*query.shape[:-2], *seen_value.shape[-2:]))
@@ -367,7 +370,7 @@ class Decoder:
         else:
             query, key, value = self._summarize(stack, first, end, nodes.can_grow(level))
         stack.pop(nodes.branching)
-        stack.push(query if query is not None or not stack.query else key, key, value)
+        stack.push(query, key, value)
 
     def _summarize(self, table: _Table, first: int, end: int, needs_query: bool) -> tuple[Array | None, Array, Array]:
         """q_R if needed, k_R and h_R of one region whose members are these rows."""
@@ -383,21 +386,20 @@ class Decoder:
 
     # ---- the first tokens
 
-    def _fill(self, query: Array, key: Array, value: Array) -> None:
+    def _fill(self, query: Array, key: Array, value: Array, summary: Summary) -> None:
         """What the last query attends is in the summaries of the whole; then its position comes as in a step."""
         assert self._stack
         nodes, last = self._nodes, query.shape[-2] - 1
         q, k, v = self._split(query, key, value)
         parts = nodes.seen(last)
         if nodes.left in ("children", "positions") and parts and parts[0][0]:
-            summary = summarize(query, key, value, self._pattern, is_causal=True, scale=self._scale)
             # Keys have the heads of `key`, all else those of `query`.
             summary_key = self._heads(summary.key, k.shape[:-2])
             summary_value = self._heads(summary.value, q.shape[:-2])
-            summary_query = summary_key
+            summary_query = None
             if nodes.can_grow(1) and nodes.left == "children":
-                pooled = summarize(query, query, query[..., :1], self._pattern, is_causal=True).key
-                summary_query = self._heads(pooled, q.shape[:-2])
+                queries = summarize(query, query, query[..., :1], self._pattern, is_causal=True).key
+                summary_query = self._heads(queries, q.shape[:-2])
         region, level_first = 0, [0]  # of each level's node 0: levels follow one another
         for level in range(1, parts[0][0] + 1 if parts else 1):
             level_first.append(region)
@@ -416,7 +418,8 @@ class Decoder:
                 self._stack.push(None, k[..., rows, :], v[..., rows, :])
             else:
                 rows = slice(level_first[level] + first, level_first[level] + end)
-                self._stack.push(summary_query[..., rows, :], summary_key[..., rows, :], summary_value[..., rows, :])
+                pooled = None if summary_query is None else summary_query[..., rows, :]
+                self._stack.push(pooled, summary_key[..., rows, :], summary_value[..., rows, :])
         self._length = last
         if self._past:
             self._past.push(q[..., :last, :], k[..., :last, :], v[..., :last, :])
@@ -470,16 +473,20 @@ def _attend_plan(queries: int, counts: tuple[int, ...], branching: int) -> Plan:
     counts : the regions of level 0, 1, ..; the highest come first. With several levels a region's size, branching^level
         positions, joins its logit.
     """
-    L, R, N = queries, sum(counts), len(counts)
-    # Sizes are what pools count: scratch row t stands for branching^t positions; every region repeats one.
-    scratch = np.full((N, 4), (0, 0, 0, branching))
-    scratch[:, 0] = np.arange(L + R, L + R + N)
-    scratch[:, 1] = np.arange(N) * branching - branching
+    sizes = [branching**level for level in range(len(counts))]
+    L, R, N = queries, sum(counts), sizes[-1].bit_length()
+    # Sizes are what pools count: scratch row p stands for 2^p positions, and a region pools those of its size's bits.
+    scratch = np.array([[L + R + p, 2 * p - 2, 0, 2] for p in range(N)])
     scratch[0] = L + R, 0, 1, 1
+    index = [L + R + p for p in range(N - 1) for _ in range(2)]
+    child = []
+    for size in reversed(sizes):
+        bits = [L + R + p for p in range(N) if size >> p & 1]
+        child.append([len(index), 0, len(bits)])
+        index += bits
     regions = np.empty((R, 4), np.int64)
     regions[:, 0] = np.arange(L, L + R)
-    regions[:, 1] = np.repeat(np.arange(L + R + N - 1, L + R - 1, -1), counts[::-1])
-    regions[:, 2:] = 1
+    regions[:, 1:] = np.repeat(child, counts[::-1], axis=0)
     # A region must have been a query before it is attended; its tile is not run.
     lanes = np.arange(0, R, 64)
     tile = np.zeros((len(lanes) + L + 1, 5), np.int64)
@@ -497,10 +504,10 @@ def _attend_plan(queries: int, counts: tuple[int, ...], branching: int) -> Plan:
         np.concatenate([scratch, regions]),
         tile,
         run,
-        np.repeat(np.arange(L + R, L + R + N - 1), branching),
+        index,
         [],
         length=L,
         regions=R,
         scratch=N,
-        size_bias=N > 1,
+        size_bias=len(counts) > 1,
     )
