@@ -6,6 +6,9 @@ tree that are complete, the largest first, then the keys of the node at hand. A 
 node that it completes give way to the node's summary, and so on up the tree. The sparse baselines leave a node's last
 row in its place, or nothing; flat LogSparse summarizes the node's positions, which it keeps, rather than its children.
 
+Axial's positions lie in a grid, row by row. What a query attends beside its own row lies column by column: its
+column's keys and the summaries that earlier rows left there, or the summaries of all the columns.
+
 Heads are split into `[..., Hk, G, rows, features]`, G query heads to a key head, so that summaries, which are of query
 heads, are keys and values like all others.
 """
@@ -13,13 +16,14 @@ heads, are keys and values like all others.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from .functional import AttendOptions, Summary, attend, summarize
-from .patterns import AnyPattern, Dense, Factorization, Fixed, LogSparse, Mixture, Sparse, Tree
+from .functional import Summary, attend, summarize
+from .patterns import AnyPattern, Axial, AxialMixture, Dense, Factorization, Fixed, LogSparse, Mixture, Sparse, Tree
 from .plan import Array, Plan
 
 _LARGE = 1024  # rows: to attend more takes longer than to make a plan, which is not kept then
@@ -30,7 +34,9 @@ class _Nodes(NamedTuple):
 
     branching: int  # children of a node
     levels: int | None  # of nodes; without an end if None
-    left: Literal["children", "positions", "last", "nothing"]  # what is left of a node: the summary of what, or which row
+    left: Literal[
+        "children", "positions", "last", "nothing"
+    ]  # what is left of a node: the summary of what, or which row
 
     def can_grow(self, level: int) -> bool:
         """Whether nodes of this level, positions of level 0, become parts of others."""
@@ -38,7 +44,7 @@ class _Nodes(NamedTuple):
 
     def size(self, level: int) -> int:
         """The positions of a node."""
-        return self.branching**level
+        return int(self.branching**level)
 
     def seen(self, length: int) -> list[tuple[int, int, int]]:
         """The stack of the position after the first `length`: (level, first node, end), the highest level first."""
@@ -52,30 +58,44 @@ class _Nodes(NamedTuple):
         return [part for part in reversed(found) if part[1] < part[2]]
 
 
-def _nodes(pattern: object) -> _Nodes:
-    """The pattern's nodes.
+class _Columns(NamedTuple):
+    """How a pattern's positions lie in a grid."""
+
+    width: int
+    left: Literal[
+        "keys", "vertical", "horizontal", "rowmajor"
+    ]  # what a row leaves in the columns: its keys alone, or..
+
+
+def _layout(pattern: object) -> _Nodes | _Columns:
+    """How the pattern sees the past.
 
     Raises
     ------
-    ValueError : a pattern that depends on the length, or has no such nodes.
+    ValueError : a pattern that depends on the length, or has no such layout.
     TypeError : no pattern.
     """
-    whole = pattern.pattern if isinstance(pattern, Sparse) else pattern
     is_sparse = isinstance(pattern, Sparse)
-    if isinstance(whole, Dense):
-        return _Nodes(2, 0, "nothing")
-    if isinstance(whole, Fixed):
-        if whole.span is None:
-            raise ValueError(f"pattern must have a span that does not depend on the length, got {pattern!r}")
-        return _Nodes(whole.span, 1, "last" if is_sparse else "children")
-    if isinstance(whole, LogSparse):
-        return _Nodes(2, None, "last" if is_sparse else "children" if whole.hierarchical else "positions")
-    if isinstance(whole, Tree):
-        return _Nodes(whole.branching, 1, "nothing") if is_sparse else _Nodes(whole.branching, whole.levels, "children")
-    if isinstance(pattern, Plan | tuple):
-        raise ValueError(f"pattern must be of any length, got a {type(pattern).__name__}")
-    if isinstance(pattern, Factorization | Sparse | Mixture):
-        raise ValueError(f"pattern must be Dense, Fixed, LogSparse or Tree, got {pattern!r}")
+    match pattern.pattern if isinstance(pattern, Sparse) else pattern:
+        case Dense():
+            return _Nodes(2, 0, "nothing")
+        case Fixed(span=None) | Axial(width=None) | AxialMixture(width=None):
+            size = "span" if "Fixed" in repr(pattern) else "width"
+            raise ValueError(f"pattern must have a {size} that does not depend on the length, got {pattern!r}")
+        case Fixed(span=int(span)):
+            return _Nodes(span, 1, "last" if is_sparse else "children")
+        case LogSparse(hierarchical=hierarchical):
+            return _Nodes(2, None, "last" if is_sparse else "children" if hierarchical else "positions")
+        case Tree(branching=branching, levels=levels):
+            return _Nodes(branching, 1, "nothing") if is_sparse else _Nodes(branching, levels, "children")
+        case Axial(width=int(width), order=order):
+            return _Columns(width, "keys" if is_sparse else order)
+        case AxialMixture(width=int(width)) if is_sparse:
+            return _Columns(width, "keys")
+        case Plan() | tuple():
+            raise ValueError(f"pattern must be of any length, got a {type(pattern).__name__}")
+        case Factorization() | Mixture():
+            raise ValueError(f"pattern must be Dense, Fixed, LogSparse, Tree or Axial, got {pattern!r}")
     kind = pattern.__name__ if isinstance(pattern, type) else type(pattern).__name__
     raise TypeError(f"pattern must be a pattern such as combiner.Fixed(64), got {kind}")
 
@@ -136,6 +156,321 @@ class _Table:
         self.value.pop(count)
 
 
+class _Sizes(NamedTuple):
+    """Of the arrays, split."""
+
+    lead: tuple[int, ...]  # Hk the last
+    group: int
+    D: int
+    Dv: int
+    dtype: np.dtype[Any]
+
+    def rows(self, heads: int, features: int, *columns: int) -> _Rows:
+        return _Rows((*self.lead, *columns, heads), features, self.dtype)
+
+    def table(self, value_heads: int, *columns: int, has_query: bool = False, key_heads: int = 1) -> _Table:
+        query = self.rows(self.group, self.D, *columns) if has_query else None
+        return _Table(query, self.rows(key_heads, self.D, *columns), self.rows(value_heads, self.Dv, *columns))
+
+
+class _Past(Protocol):
+    """What later queries attend, and what they will."""
+
+    nbytes: int
+
+    def room(self) -> int:
+        """Tokens that `attend` and `push` take at once, now."""
+
+    def attend(self, query: Array, key: Array, value: Array, out: Array) -> None:
+        """Each query attends the past and, of the keys given, those up to its own; then all join the past."""
+
+    def fill(self, query: Array, key: Array, value: Array, summary: Summary) -> None:
+        """The first tokens, one at least, with the pattern's summary of them."""
+
+
+class _Stack:
+    """Rows in the order of positions: nodes, the largest first, then the keys of the node at hand."""
+
+    def __init__(self, nodes: _Nodes, pattern: Any, scale: float | None, sizes: _Sizes) -> None:
+        self._nodes, self._pattern, self._scale = nodes, pattern, scale
+        self._size_bias = nodes.left in ("children", "positions") and pattern.size_bias
+        value_heads = sizes.group if nodes.left in ("children", "positions") else 1  # summaries differ in a group
+        self._rows = sizes.table(value_heads, has_query=nodes.left == "children")
+        self._positions = sizes.table(1, has_query=True) if nodes.left == "positions" else None
+        self._length = 0
+        self._counts: list[int] = [0]  # rows by level
+
+    @property
+    def nbytes(self) -> int:
+        return self._rows.nbytes + (self._positions.nbytes if self._positions else 0)
+
+    def room(self) -> int:
+        return self._nodes.branching - self._counts[0] if self._nodes.can_grow(0) else 1 << 30
+
+    def attend(self, query: Array, key: Array, value: Array, out: Array) -> None:
+        below = self._rows.count
+        counts = tuple(self._counts) if self._size_bias else (below,)
+        is_kept = below <= _LARGE and self._nodes.can_grow(0)  # others do not come again
+        make = _stack_plan if is_kept else _stack_plan.__wrapped__
+        plan = make(query.shape[-2], counts, self._nodes.branching)
+        region_value = _spread(self._rows.value.rows(0, below), query.shape[-3])
+        attend(query, key, value, self._rows.key.rows(0, below), region_value, plan, scale=self._scale, out=out)
+        self._push(query, key, value)
+
+    def _push(self, query: Array, key: Array, value: Array) -> None:
+        """Up to the end of a node at most; nodes that are complete give way to what is left of them."""
+        self._rows.push(query, key, value)
+        if self._positions:
+            self._positions.push(query, key, value)
+        self._length += query.shape[-2]
+        self._counts[0] += query.shape[-2]
+        level = 0
+        while self._nodes.can_grow(level) and self._counts[level] == self._nodes.branching:
+            self._complete(level + 1)
+            level += 1
+
+    def _complete(self, level: int) -> None:
+        """The rows of a node's children, which end the stack, become one of `level`, or none."""
+        nodes, rows = self._nodes, self._rows
+        if level == len(self._counts):
+            self._counts.append(0)
+        end = rows.count
+        first = end - nodes.branching
+        self._counts[level - 1] = 0
+        if nodes.left == "nothing":
+            rows.pop(nodes.branching)
+            return
+        self._counts[level] += 1
+        query = None
+        if nodes.left == "last":
+            key, value = rows.key.rows(end - 1, end).copy(), rows.value.rows(end - 1, end).copy()
+        elif self._positions:
+            positions = self._length - nodes.size(level), self._length
+            key, value, query = self._summarize(self._positions, *positions, False)
+        else:
+            key, value, query = self._summarize(rows, first, end, nodes.can_grow(level))
+        rows.pop(nodes.branching)
+        rows.push(query, key, value)
+
+    def _summarize(self, table: _Table, first: int, end: int, needs_query: bool) -> tuple[Array, Array, Array | None]:
+        """k_R, h_R and, if needed, q_R of one region whose members are these rows."""
+        assert table.query
+        query, key, value = (rows.rows(first, end) for rows in (table.query, table.key, table.value))
+        plan = _region_plan(end - first, self._pattern.pooling)
+        summary = summarize(query, _spread(key, value.shape[-3]), value, plan, scale=self._scale)
+        # The key of a summary is pooled: of queries it is the region's query.
+        pooled = summarize(query, query, query[..., :1], plan).key if needs_query else None
+        return summary.key[..., :1, :, :], summary.value, pooled
+
+    def fill(self, query: Array, key: Array, value: Array, summary: Summary) -> None:
+        nodes, last = self._nodes, query.shape[-2] - 1
+        # What the last query attends is in the summary; then its position comes as in a step.
+        parts = nodes.seen(last)
+        queries = None
+        if nodes.left == "children" and nodes.can_grow(1):
+            queries = summarize(query, query, query[..., :1], self._pattern, is_causal=True).key
+        region, level_first = 0, [0]  # of each level's node 0: levels follow one another
+        for level in range(1, parts[0][0] + 1 if parts else 1):
+            level_first.append(region)
+            region += -(-(last + 1) // nodes.size(level))
+        self._counts = [0] * len(level_first)
+        for level, first, end in parts:
+            if level and nodes.left == "nothing":
+                continue
+            self._counts[level] = end - first
+            size = nodes.size(level)
+            if level == 0 or nodes.left == "last":
+                rows = slice((first + 1) * size - 1, end * size, size)
+                self._rows.push(query[..., rows, :], key[..., rows, :], value[..., rows, :])
+            else:
+                rows = slice(level_first[level] + first, level_first[level] + end)
+                pooled = None if queries is None else queries[..., rows, :]
+                self._rows.push(pooled, summary.key[..., rows, :], summary.value[..., rows, :])
+        self._length = last
+        if self._positions:
+            self._positions.push(query[..., :last, :], key[..., :last, :], value[..., :last, :])
+        self._push(query[..., last:, :], key[..., last:, :], value[..., last:, :])
+
+
+class _Grid:
+    """The row at hand, and what earlier rows left in the columns.
+
+    A column keeps, of each row that is complete, its key, a summary, or both in turn. The vertical order's columns keep
+    all, queries too, and are summarized as often as a row is complete, for the next one.
+    """
+
+    def __init__(self, columns: _Columns, pattern: Any, scale: float | None, sizes: _Sizes) -> None:
+        self._m, self._left = columns
+        self._pattern, self._scale = pattern, scale
+        self._size_bias = self._left != "keys" and pattern.size_bias
+        self._row = sizes.table(1, has_query=True)
+        self._length = 0
+        self._columns: _Table | None = None  # when the first row is complete, which it may never be
+        self._summaries: tuple[Array, Array] | None = None  # of the columns down to the last row: vertical
+        self._sizes = sizes
+
+    @property
+    def nbytes(self) -> int:
+        tables = (self._row, self._columns)
+        return sum(table.nbytes for table in tables if table) + sum(x.nbytes for x in self._summaries or ())
+
+    def room(self) -> int:
+        return 1
+
+    def attend(self, query: Array, key: Array, value: Array, out: Array) -> None:
+        r, c = divmod(self._length, self._m)
+        self._row.push(query, key, value)
+        if self._left == "vertical":
+            self._attend_columns(query, r, c, out)
+        else:
+            self._attend_column(query, r, c, out)
+        self._length += 1
+        if c + 1 == self._m:
+            self._end_row()
+
+    def _attend_column(self, query: Array, r: int, c: int, out: Array) -> None:
+        """The own row, as positions, and what the own column holds, as regions."""
+        count = self._columns.count if self._columns else 0
+        table = self._columns or self._row
+        region_key, region_value = (
+            (rows.rows(0, count)[..., c, :, :, :] if self._columns else rows.rows(0, 0))
+            for rows in (table.key, table.value)
+        )
+        # A row leaves its key, of one position, a summary, or both.
+        of_row = {"keys": [1], "rowmajor": [self._m], "horizontal": [1, self._m - 1]}[self._left]
+        sizes = np.tile(of_row[: count // r], r) if r else np.zeros(0, np.int64)
+        self._attend_last(
+            query,
+            self._row.key.rows(0, c + 1),
+            self._row.value.rows(0, c + 1),
+            region_key,
+            region_value,
+            [(0, count)],
+            sizes,
+            out,
+        )
+
+    def _attend_columns(self, query: Array, r: int, c: int, out: Array) -> None:
+        """The own column, as positions; the other columns' summaries and the own row, as regions."""
+        own_key, own_value = (rows.rows(0, c + 1) for rows in (self._row.key, self._row.value))
+        group = query.shape[-3]
+        if not self._columns or not self._summaries:
+            last = slice(c, c + 1)
+            self._attend_last(
+                query,
+                own_key[..., last, :],
+                own_value[..., last, :],
+                own_key[..., :c, :],
+                _spread(own_value[..., :c, :], group),
+                [(0, c)],
+                np.ones(c, np.int64),
+                out,
+            )
+            return
+        key, value = (
+            np.concatenate([rows.rows(0, r)[..., c, :, :, :], own[..., c:, :]], axis=-2)
+            for rows, own in ((self._columns.key, own_key), (self._columns.value, own_value))
+        )
+        region_key = np.concatenate([self._summaries[0], own_key[..., :c, :]], axis=-2)
+        region_value = np.concatenate([self._summaries[1], _spread(own_value[..., :c, :], group)], axis=-2)
+        sizes = np.repeat((r, 1), (self._m, c))
+        lists = [(0, c), (c + 1, self._m + c)]
+        self._attend_last(query, key, value, region_key, region_value, lists, sizes, out)
+
+    def _attend_last(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        region_key: Array,
+        region_value: Array,
+        lists: Sequence[tuple[int, int]],
+        sizes: Array,
+        out: Array,
+    ) -> None:
+        """One query, at the last of the positions, attends these and the lists [first, end) of the regions."""
+        n = key.shape[-2]
+        query = np.broadcast_to(query, (*query.shape[:-2], n, query.shape[-1]))
+        plan = _plan(n, 1, lists, sizes if self._size_bias else np.ones(len(sizes), np.int64), self._size_bias)
+        region_value = _spread(region_value, query.shape[-3])
+        out[...] = attend(query, key, value, region_key, region_value, plan, scale=self._scale)[..., -1:, :]
+
+    def _end_row(self) -> None:
+        """The row leaves what later rows attend, and another begins."""
+        query, key, value = (
+            rows.rows(0, self._m) for rows in (self._row.query, self._row.key, self._row.value) if rows
+        )
+        summary = None
+        if self._left in ("horizontal", "rowmajor"):
+            # The first of two rows is summarized as the second one sees it.
+            twice = (np.concatenate([x, x], axis=-2) for x in (query, key, value))
+            summary = summarize(*twice, self._pattern, is_causal=True, scale=self._scale)
+        self._leave(query, key, value, summary, 1)
+        self._row.pop(self._m)
+
+    def _leave(self, query: Array, key: Array, value: Array, summary: Summary | None, rows: int) -> None:
+        """What so many whole rows leave in the columns."""
+        m, left = self._m, self._left
+        parts = []  # of each row: its keys and values, its summaries
+        if left != "rowmajor":
+            parts.append((key, value))
+        if summary and not (left == "horizontal" and m == 1):  # a row without its only column is nothing
+            parts.append((summary.key[..., : rows * m, :], summary.value[..., : rows * m, :]))
+        if not self._columns:
+            key_heads = max(x.shape[-3] for x, _ in parts)
+            value_heads = max(x.shape[-3] for _, x in parts)
+            has_query = left == "vertical"
+            self._columns = self._sizes.table(value_heads, m, has_query=has_query, key_heads=key_heads)
+        keys, values = (
+            [_spread(_by_column(x, rows, m), heads) for x in xs]
+            for xs, heads in zip(zip(*parts, strict=True), self._heads(), strict=True)
+        )
+        in_turn = (np.stack(xs, axis=-2).reshape(*xs[0].shape[:-2], -1, xs[0].shape[-1]) for xs in (keys, values))
+        self._columns.push(_by_column(query, rows, m), *in_turn)
+        if left == "vertical":
+            self._summarize_columns()
+
+    def _heads(self) -> tuple[int, int]:
+        assert self._columns
+        return self._columns.key.rows(0, 0).shape[-3], self._columns.value.rows(0, 0).shape[-3]
+
+    def _summarize_columns(self) -> None:
+        """Each column, down to the last row, as a region, `[..., Hk, G, m, features]`."""
+        assert self._columns and self._columns.query
+        r = self._columns.count
+        table = (self._columns.query, self._columns.key, self._columns.value)
+        plan = _region_plan(r, self._pattern.pooling)
+        summary = summarize(*(rows.rows(0, r) for rows in table), plan, scale=self._scale)
+        key, value = (np.moveaxis(x[..., 0, :], -3, -2).copy() for x in (summary.key, summary.value))
+        self._summaries = key, value
+
+    def fill(self, query: Array, key: Array, value: Array, summary: Summary) -> None:
+        n, m = query.shape[-2], self._m
+        whole = n // m
+        # Later rows of the summary's own need the rows but the last; that one is left as in a step.
+        early = whole if self._left in ("keys", "vertical") else max(whole - 1, 0)
+        if early:
+            rows = slice(0, early * m)
+            has_summary = self._left in ("horizontal", "rowmajor")
+            given = query[..., rows, :], key[..., rows, :], value[..., rows, :]
+            self._leave(*given, summary if has_summary else None, early)
+        for first, end in ((early * m, whole * m), (whole * m, n)):
+            self._row.push(*(x[..., first:end, :] for x in (query, key, value)))
+            if end == whole * m and first < end:
+                self._end_row()
+        self._length = n
+
+
+def _by_column(x: Array, rows: int, m: int) -> Array:
+    """`[..., H, rows * m, features]` as `[..., m, H, rows, features]`."""
+    return np.moveaxis(x.reshape(*x.shape[:-2], rows, m, x.shape[-1]), -2, -4)
+
+
+def _spread(x: Array, heads: int) -> Array:
+    """`[..., 1, rows, features]` as that of so many heads."""
+    return x if x.shape[-3] == heads else np.broadcast_to(x, (*x.shape[:-3], heads, *x.shape[-2:]))
+
+
 class Decoder:
     """Causal attention of a sequence that grows: `prefill` what there is, then `step` by step.
 
@@ -168,7 +503,7 @@ class Decoder:
     """
 
     def __init__(self, pattern: AnyPattern, *, scale: float | None = None) -> None:
-        self._nodes = _nodes(pattern)
+        self._way = _layout(pattern)
         self._pattern: Factorization | Sparse = pattern  # type: ignore[assignment]
         if scale is not None:
             try:
@@ -183,11 +518,9 @@ class Decoder:
     def reset(self) -> None:
         """Forgets the sequence, its dtype and its shapes."""
         self._length = 0
-        self._layout: tuple[tuple[int, ...], ...] | None = None  # shapes without the number of tokens
-        self._dtype: np.dtype[np.floating] | None = None
-        self._stack: _Table | None = None
-        self._past: _Table | None = None  # all positions, where nodes are summarized from them
-        self._counts: list[int] = [0]  # rows of the stack by level
+        self._shapes: tuple[tuple[int, ...], ...] = ()  # without the number of tokens
+        self._dtype: np.dtype[Any] | None = None
+        self._past: _Past | None = None
 
     @property
     def length(self) -> int:
@@ -197,7 +530,7 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes of the caches."""
-        return sum(table.nbytes for table in (self._stack, self._past) if table)
+        return self._past.nbytes if self._past else 0
 
     @property
     def pattern(self) -> Factorization | Sparse:
@@ -223,17 +556,19 @@ class Decoder:
         """
         if self._length:
             raise ValueError(f"prefill must come before all other tokens, got it at length {self._length}")
-        query, key, value = self._check(query, key, value)
+        given = self._check(query, key, value)
         try:
-            options: AttendOptions = {"is_causal": True, "scale": self._scale}
-            summary = summarize(query, key, value, self._pattern, **options)
-            out = attend(query, key, value, summary.key, summary.value, self._pattern, **options)
-            if query.shape[-2]:
-                self._fill(query, key, value, summary)
+            q, k, v = self._split(*given)
+            summary = summarize(q, k, v, self._pattern, is_causal=True, scale=self._scale)
+            region = summary.key, summary.value
+            out = attend(q, k, v, *region, self._pattern, is_causal=True, scale=self._scale)
+            if q.shape[-2]:
+                self._past.fill(q, k, v, summary)  # type: ignore[union-attr]
         except BaseException:
             self.reset()
             raise
-        return out
+        self._length = q.shape[-2]
+        return out.reshape(*given[0].shape[:-1], v.shape[-1])
 
     def step(self, query: Array, key: Array, value: Array) -> Array:
         """The next tokens: their keys and values join the sequence, their queries attend it up to themselves.
@@ -243,21 +578,21 @@ class Decoder:
         As in `prefill`; dtype and all but n as in the calls before.
         """
         given = self._check(query, key, value)
-        shape = (*given[0].shape[:-1], given[2].shape[-1])
+        assert self._past
         try:
             q, k, v = self._split(*given)
             n = q.shape[-2]
             out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
             first = 0
             while first < n:
-                end = first + min(n - first, self._room())
-                self._attend(q[..., first:end, :], k[..., first:end, :], v[..., first:end, :], out[..., first:end, :])
-                self._push(q[..., first:end, :], k[..., first:end, :], v[..., first:end, :])
+                end = first + min(n - first, self._past.room())
+                self._past.attend(*(x[..., first:end, :] for x in (q, k, v, out)))
                 first = end
         except BaseException:
             self.reset()
             raise
-        return out.reshape(shape)
+        self._length += n
+        return out.reshape(*given[0].shape[:-1], v.shape[-1])
 
     def __repr__(self) -> str:
         scale = "" if self._scale is None else f", scale={self._scale}"
@@ -268,33 +603,29 @@ class Decoder:
     def _check(self, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
         """The arguments as arrays, checked; the first ones set what all others are like."""
         given = _array("query", query), _array("key", key), _array("value", value)
-        if self._layout is None:
-            n = given[0].shape[-2] if given[0].ndim > 1 else 0
+        n = given[0].shape[-2] if given[0].ndim > 1 else 0
+        if not self._past:
             summarize(*given, _empty_plan(n), scale=self._scale)  # checks all that `attention` does
             self._begin(*given)
             return given
-        n = given[0].shape[-2] if given[0].ndim > 1 else 0
-        for name, x, layout in zip(("query", "key", "value"), given, self._layout, strict=True):
+        for name, x, shape in zip(("query", "key", "value"), given, self._shapes, strict=True):
             if x.dtype != self._dtype:
                 raise TypeError(f"{name} must be {self._dtype} like the tokens before, got {x.dtype}")
-            if x.shape != (expected := (*layout[:-1], n, layout[-1])):
+            if x.shape != (expected := (*shape[:-1], n, shape[-1])):
                 raise ValueError(f"{name} must have shape {expected} like the tokens before, got {x.shape}")
         return given
 
     def _begin(self, query: Array, key: Array, value: Array) -> None:
-        """Empty caches for tokens like these."""
-        self._layout = tuple((*x.shape[:-2], x.shape[-1]) for x in (query, key, value))
+        """A past for tokens like these."""
+        self._shapes = tuple((*x.shape[:-2], x.shape[-1]) for x in (query, key, value))
         self._dtype = query.dtype
-        query, key, value = self._split(query, key, value)
-        *lead, group, _, D = query.shape
-
-        def rows(heads: int, features: int) -> _Rows:
-            return _Rows((*lead, heads), features, query.dtype)
-
-        Dv, left = value.shape[-1], self._nodes.left
-        value_heads = group if left in ("children", "positions") else 1  # summaries differ between query heads
-        self._stack = _Table(rows(group, D) if left == "children" else None, rows(1, D), rows(value_heads, Dv))
-        self._past = _Table(rows(group, D), rows(1, D), rows(1, Dv)) if left == "positions" else None
+        q, _, v = self._split(query, key, value)
+        *lead, group, _, D = q.shape
+        sizes = _Sizes(tuple(lead), group, D, v.shape[-1], q.dtype)
+        if isinstance(self._way, _Nodes):
+            self._past = _Stack(self._way, self._pattern, self._scale, sizes)
+        else:
+            self._past = _Grid(self._way, self._pattern, self._scale, sizes)
 
     @staticmethod
     def _split(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
@@ -304,130 +635,6 @@ class Decoder:
         *lead, Hk, n, _ = key.shape
         group = query.shape[-3] // Hk if Hk else 1
         return query.reshape(*lead, Hk, group, n, query.shape[-1]), key[..., None, :, :], value[..., None, :, :]
-
-    # ---- the stack
-
-    def _room(self) -> int:
-        """Positions that can be pushed before a node is complete."""
-        return self._nodes.branching - self._counts[0] if self._nodes.can_grow(0) else 1 << 30
-
-    def _attend(self, query: Array, key: Array, value: Array, out: Array) -> None:
-        """Each query attends the stack and, of the keys given, those up to its own."""
-        assert self._stack
-        below = self._stack.count
-        counts = tuple(self._counts) if self._pattern_size_bias() else (below,)
-        is_kept = below <= _LARGE and self._nodes.can_grow(0)  # others do not come again
-        make = _attend_plan if is_kept else _attend_plan.__wrapped__
-        seen_value = self._stack.value.rows(0, below)
-        if seen_value.shape[-3] != query.shape[-3]:
-            seen_value = np.broadcast_to(seen_value, (*query.shape[:-2], *seen_value.shape[-2:]))
-        attend(
-            query,
-            key,
-            value,
-            self._stack.key.rows(0, below),
-            seen_value,
-            make(query.shape[-2], counts, self._nodes.branching),
-            scale=self._scale,
-            out=out,
-        )
-
-    def _pattern_size_bias(self) -> bool:
-        return isinstance(self._pattern, Factorization) and self._pattern.size_bias
-
-    def _push(self, query: Array, key: Array, value: Array) -> None:
-        """Positions up to the end of a node at most; nodes that are complete give way to what is left of them."""
-        assert self._stack
-        self._stack.push(query, key, value)
-        if self._past:
-            self._past.push(query, key, value)
-        self._length += query.shape[-2]
-        self._counts[0] += query.shape[-2]
-        level = 0
-        while self._nodes.can_grow(level) and self._counts[level] == self._nodes.branching:
-            self._complete(level + 1)
-            level += 1
-
-    def _complete(self, level: int) -> None:
-        """The rows of a node's children, which end the stack, become one of `level`, or none."""
-        assert self._stack
-        nodes, stack = self._nodes, self._stack
-        if level == len(self._counts):
-            self._counts.append(0)
-        end = stack.count
-        first = end - nodes.branching
-        self._counts[level - 1] = 0
-        if nodes.left == "nothing":
-            stack.pop(nodes.branching)
-            return
-        self._counts[level] += 1
-        if nodes.left == "last":
-            key, value = stack.key.rows(end - 1, end).copy(), stack.value.rows(end - 1, end).copy()
-            query = None
-        elif self._past:
-            of = self._length - nodes.size(level), self._length
-            query, key, value = self._summarize(self._past, *of, False)
-        else:
-            query, key, value = self._summarize(stack, first, end, nodes.can_grow(level))
-        stack.pop(nodes.branching)
-        stack.push(query, key, value)
-
-    def _summarize(self, table: _Table, first: int, end: int, needs_query: bool) -> tuple[Array | None, Array, Array]:
-        """q_R if needed, k_R and h_R of one region whose members are these rows."""
-        assert table.query
-        query, key, value = (rows.rows(first, end) for rows in (table.query, table.key, table.value))
-        if value.shape[-3] != 1:
-            key = np.broadcast_to(key, (*value.shape[:-1], key.shape[-1]))
-        plan = _region_plan(end - first, self._pattern.pooling)  # type: ignore[union-attr]
-        summary = summarize(query, key, value, plan, scale=self._scale)
-        # The key of a summary is pooled: of queries it is the region's query.
-        pooled = summarize(query, query, query[..., :1], plan).key if needs_query else None
-        return pooled, summary.key[..., :1, :, :], summary.value
-
-    # ---- the first tokens
-
-    def _fill(self, query: Array, key: Array, value: Array, summary: Summary) -> None:
-        """What the last query attends is in the summaries of the whole; then its position comes as in a step."""
-        assert self._stack
-        nodes, last = self._nodes, query.shape[-2] - 1
-        q, k, v = self._split(query, key, value)
-        parts = nodes.seen(last)
-        if nodes.left in ("children", "positions") and parts and parts[0][0]:
-            # Keys have the heads of `key`, all else those of `query`.
-            summary_key = self._heads(summary.key, k.shape[:-2])
-            summary_value = self._heads(summary.value, q.shape[:-2])
-            summary_query = None
-            if nodes.can_grow(1) and nodes.left == "children":
-                queries = summarize(query, query, query[..., :1], self._pattern, is_causal=True).key
-                summary_query = self._heads(queries, q.shape[:-2])
-        region, level_first = 0, [0]  # of each level's node 0: levels follow one another
-        for level in range(1, parts[0][0] + 1 if parts else 1):
-            level_first.append(region)
-            region += -(-(last + 1) // nodes.size(level))
-        self._counts = [0] * len(level_first)
-        for level, first, end in parts:
-            self._counts[level] = end - first
-            if level == 0:
-                rows = slice(first, end)
-                self._stack.push(q[..., rows, :], k[..., rows, :], v[..., rows, :])
-            elif nodes.left == "nothing":
-                self._counts[level] = 0
-            elif nodes.left == "last":
-                size = nodes.size(level)
-                rows = slice((first + 1) * size - 1, end * size, size)
-                self._stack.push(None, k[..., rows, :], v[..., rows, :])
-            else:
-                rows = slice(level_first[level] + first, level_first[level] + end)
-                pooled = None if summary_query is None else summary_query[..., rows, :]
-                self._stack.push(pooled, summary_key[..., rows, :], summary_value[..., rows, :])
-        self._length = last
-        if self._past:
-            self._past.push(q[..., :last, :], k[..., :last, :], v[..., :last, :])
-        self._push(q[..., last:, :], k[..., last:, :], v[..., last:, :])
-
-    @staticmethod
-    def _heads(x: Array, lead: tuple[int, ...]) -> Array:
-        return x.reshape(*lead, *x.shape[-2:])
 
 
 def _array(name: str, x: Array) -> Array:
@@ -465,49 +672,57 @@ def _region_plan(members: int, pooling: str) -> Plan:
 
 
 @lru_cache(maxsize=1024)
-def _attend_plan(queries: int, counts: tuple[int, ...], branching: int) -> Plan:
-    """Each query attends all regions and the positions up to its own.
+def _stack_plan(queries: int, counts: tuple[int, ...], branching: int) -> Plan:
+    """Each query attends the whole stack and the positions up to its own.
 
     Parameters
     ----------
-    counts : the regions of level 0, 1, ..; the highest come first. With several levels a region's size, branching^level
+    counts : rows of level 0, 1, ..; the highest come first. With several levels a row's size, branching^level
         positions, joins its logit.
     """
-    sizes = [branching**level for level in range(len(counts))]
-    L, R, N = queries, sum(counts), sizes[-1].bit_length()
+    sizes = np.repeat([branching**level for level in reversed(range(len(counts)))], counts[::-1])
+    return _plan(queries, queries, [(0, len(sizes))], sizes, len(counts) > 1)
+
+
+def _plan(length: int, queries: int, lists: Sequence[tuple[int, int]], sizes: Array, size_bias: bool) -> Plan:
+    """The last `queries` positions attend the lists [first, end) of regions and the positions up to their own.
+
+    Parameters
+    ----------
+    sizes : `[R]`, the positions that each region stands for.
+    """
+    L, R = length, len(sizes)
+    each, which = np.unique(sizes, return_inverse=True)
+    N = int(each[-1]).bit_length() if R else 1
     # Sizes are what pools count: scratch row p stands for 2^p positions, and a region pools those of its size's bits.
-    scratch = np.array([[L + R + p, 2 * p - 2, 0, 2] for p in range(N)])
-    scratch[0] = L + R, 0, 1, 1
+    pool = np.empty((N + R, 4), np.int64)
+    pool[:N] = [(L + R + p, 2 * p - 2, 0, 2) if p else (L + R, 0, 1, 1) for p in range(N)]
     index = [L + R + p for p in range(N - 1) for _ in range(2)]
     child = []
-    for size in reversed(sizes):
+    for size in each.tolist():
         bits = [L + R + p for p in range(N) if size >> p & 1]
-        child.append([len(index), 0, len(bits)])
+        child.append((len(index), 0, len(bits)))
         index += bits
-    regions = np.empty((R, 4), np.int64)
-    regions[:, 0] = np.arange(L, L + R)
-    regions[:, 1:] = np.repeat(child, counts[::-1], axis=0)
+    pool[N:, 0] = np.arange(L, L + R)
+    if R:
+        pool[N:, 1:] = np.array(child)[which]
     # A region must have been a query before it is attended; its tile is not run.
-    lanes = np.arange(0, R, 64)
-    tile = np.zeros((len(lanes) + L + 1, 5), np.int64)
-    tile[: len(lanes)] = np.stack([L + lanes, lanes * 0 + 1, np.minimum(64, R - lanes), lanes // 64, lanes * 0 + 64], 1)
-    run = [[0, 1, 1, -1]] * len(lanes)
-    for j in range(L):
-        tile[len(lanes) + j] = j, 1, 1, len(run), 1
-        if R:
-            run.append([L, 1, R, -1])
-        run.append([0, 1, j + 1, -1])
-    tile[-1, 3] = len(run)
+    tile = [(L + first, 1, min(64, R - first), n, 64) for n, first in enumerate(range(0, R, 64))]
+    run = [(0, 1, 1, -1)] * len(tile)
+    for i in range(L - queries, L):
+        tile.append((i, 1, 1, len(run), 1))
+        run += [(L + first, 1, end - first, -1) for first, end in lists if first < end]
+        run.append((0, 1, i + 1, -1))
     return Plan.from_arrays(
         [0, 1],
-        [[0, 0], [N + R, len(tile) - 1]],
-        np.concatenate([scratch, regions]),
-        tile,
+        [(0, 0), (N + R, len(tile))],
+        pool,
+        [*tile, (0, 0, 0, len(run), 0)],
         run,
         index,
         [],
         length=L,
         regions=R,
         scratch=N,
-        size_bias=len(counts) > 1,
+        size_bias=size_bias,
     )

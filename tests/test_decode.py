@@ -21,6 +21,15 @@ PATTERNS = {
     "tree3": lambda **options: Tree(3, **options),
     "tree4.2": lambda **options: Tree(4, 2, **options),
     "tree9.1": lambda **options: Tree(9, 1, **options),
+    "vertical7": lambda **options: Axial(7, **options),
+    "horizontal7": lambda **options: Axial(7, "horizontal", **options),
+    "rowmajor7": lambda **options: Axial(7, "rowmajor", **options),
+    "weighted8": lambda **options: Axial(8, "rowmajor", "weighted", **options),
+    "vertical1": lambda **options: Axial(1, **options),
+    "horizontal1": lambda **options: Axial(1, "horizontal", **options),
+    "rowmajor1": lambda **options: Axial(1, "rowmajor", **options),
+    "sparse axial": lambda **options: Axial(7, "horizontal", **options).sparse(),
+    "sparse mixture": lambda **options: AxialMixture(5, **options).sparse(),
     "sparse fixed": lambda **options: Fixed(7, **options).sparse(),
     "sparse logsparse": lambda **options: LogSparse(**options).sparse(),
     "sparse tree": lambda **options: Tree(5, **options).sparse(),
@@ -29,7 +38,19 @@ OPTIONS = [
     {"pooling": pooling, "size_bias": size_bias}
     for pooling, size_bias in itertools.product(("max", "mean", "sum"), (False, True))
 ]
-SPAN = {"fixed1": 1, "fixed16": 16, "tree3": 9, "tree4.2": 16, "tree9.1": 9, "sparse tree": 5, "dense": 8}
+SPAN = {
+    "weighted8": 8,
+    "vertical1": 1,
+    "horizontal1": 1,
+    "rowmajor1": 1,
+    "fixed1": 1,
+    "fixed16": 16,
+    "tree3": 9,
+    "tree4.2": 16,
+    "tree9.1": 9,
+    "sparse tree": 5,
+    "dense": 8,
+}
 L = 70  # crosses several nodes of each size
 
 
@@ -58,7 +79,11 @@ def accept(out, inputs, pattern, **options):
     expected = combiner.attention(*inputs, pattern, is_causal=True, **options)
     assert out.shape == expected.shape and out.dtype == expected.dtype
     largest = 1.0
-    if isinstance(pattern, combiner.patterns.Factorization) and pattern.pooling == "sum" and pattern.plan(L, True).region_count:
+    if (
+        isinstance(pattern, combiner.patterns.Factorization)
+        and pattern.pooling == "sum"
+        and pattern.plan(L, True).region_count
+    ):
         summary = combiner.summarize(*inputs, pattern, is_causal=True, **options)
         largest = max(1.0, np.abs(summary.key).max())
     tolerance = {np.float32: 1e-6, np.float64: 1e-12}[out.dtype.type]
@@ -210,11 +235,12 @@ ONE = np.zeros((2, 4, 1, 8), np.float32)
     "pattern, error, message",
     [
         (Fixed(), ValueError, "pattern must have a span that does not depend on the length, got Fixed()"),
+        (Axial(), ValueError, "pattern must have a width that does not depend on the length, got Axial()"),
         (Fixed().sparse(), ValueError, "pattern must have a span that does not depend on the length, got Fixed"),
-        (AxialMixture(4), ValueError, "pattern must be Dense, Fixed, LogSparse"),
-        (Mixture(Dense()), ValueError, "pattern must be Dense, Fixed, LogSparse"),
-        (Routing(np.zeros(8, int)), ValueError, "pattern must be Dense, Fixed, LogSparse"),
-        (Routing(np.zeros(8, int)).sparse(), ValueError, "pattern must be Dense, Fixed, LogSparse"),
+        (AxialMixture(4), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree or Axial"),
+        (Mixture(Dense()), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree or Axial"),
+        (Routing(np.zeros(8, int)), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree or Axial"),
+        (Routing(np.zeros(8, int)).sparse(), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree or Axial"),
         (Fixed(4).plan(8, True), ValueError, "pattern must be of any length, got a Plan"),
         (Fixed(4).plan(8), ValueError, "pattern must be of any length, got a Plan"),
         ((Fixed(4).plan(8),), ValueError, "pattern must be of any length, got a tuple"),
