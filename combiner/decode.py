@@ -26,6 +26,7 @@ from .functional import Summary, attend, summarize
 from .patterns import AnyPattern, Axial, AxialMixture, Dense, Factorization, Fixed, LogSparse, Mixture, Sparse, Tree
 from .plan import Array, Plan
 
+_LONGEST = 1 << 30  # positions of a sequence
 _LARGE = 1024  # rows: to attend more takes longer than to make a plan, which is not kept then
 
 
@@ -89,9 +90,9 @@ def _layout(pattern: object) -> _Nodes | _Columns:
         case Tree(branching=branching, levels=levels):
             return _Nodes(branching, 1, "nothing") if is_sparse else _Nodes(branching, levels, "children")
         case Axial(width=int(width), order=order):
-            return _Columns(width, "keys" if is_sparse else order)
+            return _Columns(min(width, _LONGEST), "keys" if is_sparse else order)
         case AxialMixture(width=int(width)) if is_sparse:
-            return _Columns(width, "keys")
+            return _Columns(min(width, _LONGEST), "keys")
         case Plan() | tuple():
             raise ValueError(f"pattern must be of any length, got a {type(pattern).__name__}")
         case Factorization() | Mixture():
@@ -149,6 +150,15 @@ class _Table:
         self.key.push(key)
         self.value.push(value)
 
+    def all(self) -> tuple[Array, Array, Array]:
+        """Every row; without queries the keys stand in for them."""
+        return tuple(rows.rows(0, self.count) for rows in (self.query or self.key, self.key, self.value))  # type: ignore[return-value]
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """G of keys and of values."""
+        return self.key.rows(0, 0).shape[-3], self.value.rows(0, 0).shape[-3]
+
     def pop(self, count: int) -> None:
         if self.query:
             self.query.pop(count)
@@ -176,10 +186,12 @@ class _Sizes(NamedTuple):
 class _Past(Protocol):
     """What later queries attend, and what they will."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
 
     def room(self) -> int:
-        """Tokens that `attend` and `push` take at once, now."""
+        """Tokens that `attend` takes at once, now."""
 
     def attend(self, query: Array, key: Array, value: Array, out: Array) -> None:
         """Each query attends the past and, of the keys given, those up to its own; then all join the past."""
@@ -205,7 +217,7 @@ class _Stack:
         return self._rows.nbytes + (self._positions.nbytes if self._positions else 0)
 
     def room(self) -> int:
-        return self._nodes.branching - self._counts[0] if self._nodes.can_grow(0) else 1 << 30
+        return self._nodes.branching - self._counts[0] if self._nodes.can_grow(0) else _LONGEST
 
     def attend(self, query: Array, key: Array, value: Array, out: Array) -> None:
         below = self._rows.count
@@ -295,175 +307,112 @@ class _Stack:
 class _Grid:
     """The row at hand, and what earlier rows left in the columns.
 
-    A column keeps, of each row that is complete, its key, a summary, or both in turn. The vertical order's columns keep
-    all, queries too, and are summarized as often as a row is complete, for the next one.
+    A column keeps, of each row that is complete, its key, a summary, or both in turn. In the vertical order it keeps
+    the query and the key, and all columns are summarized whenever a row is complete, for the queries of the next one.
     """
 
     def __init__(self, columns: _Columns, pattern: Any, scale: float | None, sizes: _Sizes) -> None:
         self._m, self._left = columns
         self._pattern, self._scale = pattern, scale
         self._size_bias = self._left != "keys" and pattern.size_bias
+        is_vertical = self._left == "vertical"
+        self._has_summaries = self._left in ("horizontal", "rowmajor")
+        is_weighted = self._has_summaries and pattern.row_key == "weighted"
         self._row = sizes.table(1, has_query=True)
+        self._columns = sizes.table(
+            sizes.group if self._has_summaries else 1,
+            self._m,
+            has_query=is_vertical,
+            key_heads=sizes.group if is_weighted else 1,
+        )
+        # Vertical: the columns' summaries, but of the first row, and the row at hand.
+        self._across = sizes.table(sizes.group) if is_vertical else None
         self._length = 0
-        self._columns: _Table | None = None  # when the first row is complete, which it may never be
-        self._summaries: tuple[Array, Array] | None = None  # of the columns down to the last row: vertical
-        self._sizes = sizes
 
     @property
     def nbytes(self) -> int:
-        tables = (self._row, self._columns)
-        return sum(table.nbytes for table in tables if table) + sum(x.nbytes for x in self._summaries or ())
+        return sum(table.nbytes for table in (self._row, self._columns, self._across) if table)
 
     def room(self) -> int:
         return 1
 
     def attend(self, query: Array, key: Array, value: Array, out: Array) -> None:
         r, c = divmod(self._length, self._m)
+        column_key, column_value = (x[..., c, :, :, :] for x in self._columns.all()[1:])
+        count = column_key.shape[-2]
         self._row.push(query, key, value)
-        if self._left == "vertical":
-            self._attend_columns(query, r, c, out)
-        else:
-            self._attend_column(query, r, c, out)
+        if self._across:  # the column is positions, what lies across it regions, but for its own summary
+            positions = np.concatenate([column_key, key], axis=-2), np.concatenate([column_value, value], axis=-2)
+            regions = self._across.all()[1:]
+            sizes = np.repeat((r, 1), (self._across.count - c, c))
+            lists = [(0, c), (c + 1, len(sizes))] if r else [(0, c)]
+        else:  # the row is positions, the column regions
+            positions = self._row.all()[1:]
+            regions = column_key, _spread(column_value, query.shape[-3])
+            of_row = {"keys": (1,), "rowmajor": (self._m,), "horizontal": (1, self._m - 1)}[self._left]
+            sizes = np.tile(of_row[: count // max(r, 1)], r)
+            lists = [(0, count)]
+        # The query is that of the last position; the others have none.
+        length = positions[0].shape[-2]
+        queries = np.broadcast_to(query, (*query.shape[:-2], length, query.shape[-1]))
+        plan = _plan(length, 1, lists, sizes if self._size_bias else np.ones_like(sizes), self._size_bias)
+        out[...] = attend(queries, *positions, *regions, plan, scale=self._scale)[..., -1:, :]
+        if self._across:
+            self._across.push(None, key, value)
         self._length += 1
         if c + 1 == self._m:
             self._end_row()
 
-    def _attend_column(self, query: Array, r: int, c: int, out: Array) -> None:
-        """The own row, as positions, and what the own column holds, as regions."""
-        count = self._columns.count if self._columns else 0
-        table = self._columns or self._row
-        region_key, region_value = (
-            (rows.rows(0, count)[..., c, :, :, :] if self._columns else rows.rows(0, 0))
-            for rows in (table.key, table.value)
-        )
-        # A row leaves its key, of one position, a summary, or both.
-        of_row = {"keys": [1], "rowmajor": [self._m], "horizontal": [1, self._m - 1]}[self._left]
-        sizes = np.tile(of_row[: count // r], r) if r else np.zeros(0, np.int64)
-        self._attend_last(
-            query,
-            self._row.key.rows(0, c + 1),
-            self._row.value.rows(0, c + 1),
-            region_key,
-            region_value,
-            [(0, count)],
-            sizes,
-            out,
-        )
-
-    def _attend_columns(self, query: Array, r: int, c: int, out: Array) -> None:
-        """The own column, as positions; the other columns' summaries and the own row, as regions."""
-        own_key, own_value = (rows.rows(0, c + 1) for rows in (self._row.key, self._row.value))
-        group = query.shape[-3]
-        if not self._columns or not self._summaries:
-            last = slice(c, c + 1)
-            self._attend_last(
-                query,
-                own_key[..., last, :],
-                own_value[..., last, :],
-                own_key[..., :c, :],
-                _spread(own_value[..., :c, :], group),
-                [(0, c)],
-                np.ones(c, np.int64),
-                out,
-            )
-            return
-        key, value = (
-            np.concatenate([rows.rows(0, r)[..., c, :, :, :], own[..., c:, :]], axis=-2)
-            for rows, own in ((self._columns.key, own_key), (self._columns.value, own_value))
-        )
-        region_key = np.concatenate([self._summaries[0], own_key[..., :c, :]], axis=-2)
-        region_value = np.concatenate([self._summaries[1], _spread(own_value[..., :c, :], group)], axis=-2)
-        sizes = np.repeat((r, 1), (self._m, c))
-        lists = [(0, c), (c + 1, self._m + c)]
-        self._attend_last(query, key, value, region_key, region_value, lists, sizes, out)
-
-    def _attend_last(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        region_key: Array,
-        region_value: Array,
-        lists: Sequence[tuple[int, int]],
-        sizes: Array,
-        out: Array,
-    ) -> None:
-        """One query, at the last of the positions, attends these and the lists [first, end) of the regions."""
-        n = key.shape[-2]
-        query = np.broadcast_to(query, (*query.shape[:-2], n, query.shape[-1]))
-        plan = _plan(n, 1, lists, sizes if self._size_bias else np.ones(len(sizes), np.int64), self._size_bias)
-        region_value = _spread(region_value, query.shape[-3])
-        out[...] = attend(query, key, value, region_key, region_value, plan, scale=self._scale)[..., -1:, :]
-
     def _end_row(self) -> None:
         """The row leaves what later rows attend, and another begins."""
-        query, key, value = (
-            rows.rows(0, self._m) for rows in (self._row.query, self._row.key, self._row.value) if rows
-        )
+        query, key, value = self._row.all()
         summary = None
-        if self._left in ("horizontal", "rowmajor"):
+        if self._has_summaries:
             # The first of two rows is summarized as the second one sees it.
-            twice = (np.concatenate([x, x], axis=-2) for x in (query, key, value))
-            summary = summarize(*twice, self._pattern, is_causal=True, scale=self._scale)
+            query, key, value = (np.concatenate([x, x], axis=-2) for x in (query, key, value))
+            summary = summarize(query, key, value, self._pattern, is_causal=True, scale=self._scale)
         self._leave(query, key, value, summary, 1)
         self._row.pop(self._m)
 
     def _leave(self, query: Array, key: Array, value: Array, summary: Summary | None, rows: int) -> None:
-        """What so many whole rows leave in the columns."""
-        m, left = self._m, self._left
-        parts = []  # of each row: its keys and values, its summaries
-        if left != "rowmajor":
-            parts.append((key, value))
-        if summary and not (left == "horizontal" and m == 1):  # a row without its only column is nothing
-            parts.append((summary.key[..., : rows * m, :], summary.value[..., : rows * m, :]))
-        if not self._columns:
-            key_heads = max(x.shape[-3] for x, _ in parts)
-            value_heads = max(x.shape[-3] for _, x in parts)
-            has_query = left == "vertical"
-            self._columns = self._sizes.table(value_heads, m, has_query=has_query, key_heads=key_heads)
+        """What the first rows, whole ones, leave in the columns."""
+        if not rows:
+            return
+        first = slice(0, rows * self._m)
+        left = [] if self._left == "rowmajor" else [(key, value)]
+        if summary and (self._left == "rowmajor" or self._m > 1):  # a row without its only column is nothing
+            left.append((summary.key, summary.value))
         keys, values = (
-            [_spread(_by_column(x, rows, m), heads) for x in xs]
-            for xs, heads in zip(zip(*parts, strict=True), self._heads(), strict=True)
+            [_by_column(_spread(x[..., first, :], heads), rows) for x in xs]
+            for xs, heads in zip(zip(*left, strict=True), self._columns.heads, strict=True)
         )
         in_turn = (np.stack(xs, axis=-2).reshape(*xs[0].shape[:-2], -1, xs[0].shape[-1]) for xs in (keys, values))
-        self._columns.push(_by_column(query, rows, m), *in_turn)
-        if left == "vertical":
-            self._summarize_columns()
-
-    def _heads(self) -> tuple[int, int]:
-        assert self._columns
-        return self._columns.key.rows(0, 0).shape[-3], self._columns.value.rows(0, 0).shape[-3]
-
-    def _summarize_columns(self) -> None:
-        """Each column, down to the last row, as a region, `[..., Hk, G, m, features]`."""
-        assert self._columns and self._columns.query
-        r = self._columns.count
-        table = (self._columns.query, self._columns.key, self._columns.value)
-        plan = _region_plan(r, self._pattern.pooling)
-        summary = summarize(*(rows.rows(0, r) for rows in table), plan, scale=self._scale)
-        key, value = (np.moveaxis(x[..., 0, :], -3, -2).copy() for x in (summary.key, summary.value))
-        self._summaries = key, value
+        self._columns.push(_by_column(query[..., first, :], rows), *in_turn)
+        if self._across:
+            self._across.pop(self._across.count)
+            query, key, value = self._columns.all()
+            plan = _region_plan(key.shape[-2], self._pattern.pooling)
+            summary = summarize(query, key, value, plan, scale=self._scale)
+            self._across.push(None, *(np.moveaxis(x[..., 0, :], -3, -2) for x in (summary.key, summary.value)))
 
     def fill(self, query: Array, key: Array, value: Array, summary: Summary) -> None:
         n, m = query.shape[-2], self._m
         whole = n // m
-        # Later rows of the summary's own need the rows but the last; that one is left as in a step.
-        early = whole if self._left in ("keys", "vertical") else max(whole - 1, 0)
-        if early:
-            rows = slice(0, early * m)
-            has_summary = self._left in ("horizontal", "rowmajor")
-            given = query[..., rows, :], key[..., rows, :], value[..., rows, :]
-            self._leave(*given, summary if has_summary else None, early)
+        # Later rows of these attend whole rows but the last, which is left as in a step.
+        early = max(whole - 1, 0)
+        self._leave(query, key, value, summary if self._has_summaries else None, early)
         for first, end in ((early * m, whole * m), (whole * m, n)):
-            self._row.push(*(x[..., first:end, :] for x in (query, key, value)))
-            if end == whole * m and first < end:
+            self._row.push(query[..., first:end, :], key[..., first:end, :], value[..., first:end, :])
+            if first < end == whole * m:
                 self._end_row()
+        if self._across:
+            self._across.push(None, *self._row.all()[1:])
         self._length = n
 
 
-def _by_column(x: Array, rows: int, m: int) -> Array:
+def _by_column(x: Array, rows: int) -> Array:
     """`[..., H, rows * m, features]` as `[..., m, H, rows, features]`."""
-    return np.moveaxis(x.reshape(*x.shape[:-2], rows, m, x.shape[-1]), -2, -4)
+    return np.moveaxis(x.reshape(*x.shape[:-2], rows, -1, x.shape[-1]), -2, -4)
 
 
 def _spread(x: Array, heads: int) -> Array:
