@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from .functional import Summary, attend, summarize
-from .patterns import AnyPattern, Axial, AxialMixture, Dense, Factorization, Fixed, LogSparse, Mixture, Sparse, Tree
+from .patterns import AnyPattern, Axial, AxialMixture, Dense, Factorization, Fixed, LogSparse, Sparse, Tree
 from .plan import Array, Plan
 
 _LONGEST = 1 << 30  # positions of a sequence
@@ -80,9 +80,10 @@ def _layout(pattern: object) -> _Nodes | _Columns:
     match pattern.pattern if isinstance(pattern, Sparse) else pattern:
         case Dense():
             return _Nodes(2, 0, "nothing")
-        case Fixed(span=None) | Axial(width=None) | AxialMixture(width=None):
-            size = "span" if "Fixed" in repr(pattern) else "width"
-            raise ValueError(f"pattern must have a {size} that does not depend on the length, got {pattern!r}")
+        case Fixed(span=None):
+            raise ValueError(f"pattern must have a span, the default depends on the length, got {pattern!r}")
+        case Axial(width=None):
+            raise ValueError(f"pattern must have a width, the default depends on the length, got {pattern!r}")
         case Fixed(span=int(span)):
             return _Nodes(span, 1, "last" if is_sparse else "children")
         case LogSparse(hierarchical=hierarchical):
@@ -95,8 +96,8 @@ def _layout(pattern: object) -> _Nodes | _Columns:
             return _Columns(min(width, _LONGEST), "keys")
         case Plan() | tuple():
             raise ValueError(f"pattern must be of any length, got a {type(pattern).__name__}")
-        case Factorization() | Mixture():
-            raise ValueError(f"pattern must be Dense, Fixed, LogSparse, Tree or Axial, got {pattern!r}")
+    if not isinstance(pattern, type) and callable(getattr(pattern, "plan", None)):
+        raise ValueError(f"pattern must be Dense, Fixed, LogSparse, Tree or Axial, got {pattern!r}")
     kind = pattern.__name__ if isinstance(pattern, type) else type(pattern).__name__
     raise TypeError(f"pattern must be a pattern such as combiner.Fixed(64), got {kind}")
 
@@ -428,27 +429,32 @@ class Decoder:
 
     Parameters
     ----------
-    pattern : `Dense`, `Fixed` of a given span, `LogSparse`, `Tree`, or the sparse baseline of one.
+    pattern : `Dense`, `Fixed`, `LogSparse`, `Tree` or `Axial`, or the sparse baseline of one or of `AxialMixture`, with
+        its span or width given.
     scale : factor of the logits, finite; 1 / sqrt(D) by default.
 
     Raises
     ------
     TypeError : what is no pattern, or a scale that is no number.
-    ValueError : a pattern whose past depends on what follows, or of one length: a default span, a Plan, Routing; one
-        without summaries that grow: Axial, AxialMixture, Mixture; a scale that is not finite.
+    ValueError : a default span or width, which depends on the length; a Plan or Routing, which are of one length;
+        AxialMixture and Mixture; a scale that is not finite.
 
     Notes
     -----
-    Time of a token at length L, besides some 50 us of Python: what a query attends, O(Hq rows (D + Dv)), and what it
-    completes; memory: what later queries attend.
+    The time of a token at length L is that of the rows that it attends, O(Hq rows (D + Dv)), besides some 50 us of
+    Python, and in the mean that of the rows that it is summarized with; memory is what later queries attend:
 
     - `Dense`: L rows; memory O(L).
-    - `Fixed`: up to span + L / span rows, and O(1) in the mean for summaries; memory O(span + L / span).
-    - `LogSparse`: log2(L) rows and as many in the mean for summaries, L in the worst step; memory O(L).
-    - `LogSparse(hierarchical=True)`, `Tree`: branching * log(L) rows, O(1) in the mean for summaries; memory the same.
+    - `Fixed`: up to span + L / span rows, summarized once; memory O(span + L / span).
+    - `LogSparse`: log2(L) rows, summarized log2(L) times, and L rows at worst in one step; memory O(L).
+    - `LogSparse(hierarchical=True)`, `Tree`: branching * log(L) rows, summarized once, and with their summaries; memory
+      the same, but for the nodes of the highest of a number of levels given.
+    - `Axial`: width + L / width rows. Its own row summarizes a token width times in the horizontal and the row-major
+      order, its column as often as there are rows in the vertical one. Memory O(L).
+    - Sparse baselines: the rows that they attend; memory the same, but O(L) for `Axial`.
 
-    Memory grows by half of itself at a time. A decoder is for one thread at a time. After a MemoryError or a Ctrl-C in
-    a call it is empty, as after `reset`.
+    Caches grow by half of themselves. A decoder is for one thread at a time. After a MemoryError or a Ctrl-C in a call
+    it is empty, as after `reset`.
     """
 
     def __init__(self, pattern: AnyPattern, *, scale: float | None = None) -> None:

@@ -75,10 +75,11 @@ def decode(decoder, inputs, prefill, chunk, length=L):
 
 
 def accept(out, inputs, pattern, **options):
-    """A logit S moves its weight by the share rounding moves S; two orders of the sums differ by no more than that."""
+    """Two orders of the same sums: a logit's rounding, which moves its weight by that share, grows with the logit, as
+    those of sums of keys and queries do."""
     expected = combiner.attention(*inputs, pattern, is_causal=True, **options)
     assert out.shape == expected.shape and out.dtype == expected.dtype
-    largest = 1.0
+    largest = 1.0  # logit, up to a factor
     if (
         isinstance(pattern, combiner.patterns.Factorization)
         and pattern.pooling == "sum"
@@ -141,6 +142,23 @@ def test_shapes_without_heads_and_with_more_axes(name, rng):
     assert decode(Decoder(pattern), inputs, 9, 2).shape == (0, 2, L, 4)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    (Dense(), Fixed(32), LogSparse(), LogSparse(hierarchical=True), Tree(5), Tree(4, 3), Fixed(16).sparse(),
+     LogSparse().sparse(), Axial(32), Axial(32, "horizontal"), Axial(32, "rowmajor", "weighted")),
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("prefill", (2048, 2999))
+def test_long_sequences(pattern, prefill, rng):
+    """Nodes of all sizes, more regions than a tile holds, behind a prefill of several tasks."""
+    inputs = draw(rng, np.float64, (1, 2, 1), prefill + 140, D=4, Dv=3)
+    decoder = Decoder(pattern)
+    decoder.prefill(*tokens(inputs, 0, prefill))
+    out = np.concatenate([decoder.step(*tokens(inputs, n, n + 7)) for n in range(prefill, prefill + 140, 7)], axis=-2)
+    expected = combiner.attention(*inputs, pattern, is_causal=True)[..., prefill:, :]
+    assert np.abs(out - expected).max() <= 1e-12
+
+
 def test_scale_and_strides(rng):
     """A view `[B, L, H, D]` as transposed, backwards in its features' order or not."""
     inputs = [np.swapaxes(rng.standard_normal((2, L, 4, 6)), 1, 2)[..., ::-1] for _ in range(3)]
@@ -195,6 +213,9 @@ def test_reset_begins_anew(rng):
         (LogSparse(hierarchical=True), lambda n: 16),
         (Tree(4), lambda n: 4 * 8),
         (Tree(8).sparse(), lambda n: 8),
+        (Axial(8), lambda n: n + 200),  # the least size is that of 8 columns
+        (Axial(8, "horizontal"), lambda n: 2 * n + 200),
+        (Axial(8, "rowmajor"), lambda n: n + 200),
         (LogSparse().sparse(), lambda n: 16),
     ],
     ids=repr,
@@ -234,9 +255,13 @@ ONE = np.zeros((2, 4, 1, 8), np.float32)
 @pytest.mark.parametrize(
     "pattern, error, message",
     [
-        (Fixed(), ValueError, "pattern must have a span that does not depend on the length, got Fixed()"),
-        (Axial(), ValueError, "pattern must have a width that does not depend on the length, got Axial()"),
-        (Fixed().sparse(), ValueError, "pattern must have a span that does not depend on the length, got Fixed"),
+        (Fixed(), ValueError, "pattern must have a span, the default depends on the length, got Fixed()"),
+        (Axial(), ValueError, "pattern must have a width, the default depends on the length, got Axial()"),
+        (
+            Fixed().sparse(),
+            ValueError,
+            "pattern must have a span, the default depends on the length, got Fixed().sparse()",
+        ),
         (AxialMixture(4), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree or Axial"),
         (Mixture(Dense()), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree or Axial"),
         (Routing(np.zeros(8, int)), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree or Axial"),
