@@ -356,7 +356,7 @@ class _Grid:
         # The query is that of the last position; the others have none.
         length = positions[0].shape[-2]
         queries = np.broadcast_to(query, (*query.shape[:-2], length, query.shape[-1]))
-        plan = _plan(length, 1, lists, sizes if self._size_bias else np.ones_like(sizes), self._size_bias)
+        plan = _plan(length, 1, lists, len(sizes), sizes if self._size_bias else None)
         out[...] = attend(queries, *positions, *regions, plan, scale=self._scale)[..., -1:, :]
         if self._across:
             self._across.push(None, key, value)
@@ -635,32 +635,33 @@ def _stack_plan(queries: int, counts: tuple[int, ...], branching: int) -> Plan:
     counts : rows of level 0, 1, ..; the highest come first. With several levels a row's size, branching^level
         positions, joins its logit.
     """
-    sizes = np.repeat([branching**level for level in reversed(range(len(counts)))], counts[::-1])
-    return _plan(queries, queries, [(0, len(sizes))], sizes, len(counts) > 1)
+    R, sizes = sum(counts), None
+    if len(counts) > 1:
+        sizes = np.repeat([branching**level for level in reversed(range(len(counts)))], counts[::-1])
+    return _plan(queries, queries, [(0, R)], R, sizes)
 
 
-def _plan(length: int, queries: int, lists: Sequence[tuple[int, int]], sizes: Array, size_bias: bool) -> Plan:
+def _plan(length: int, queries: int, lists: Sequence[tuple[int, int]], regions: int, sizes: Array | None) -> Plan:
     """The last `queries` positions attend the lists [first, end) of regions and the positions up to their own.
 
     Parameters
     ----------
-    sizes : `[R]`, the positions that each region stands for.
+    sizes : `[R]`, the positions that each region stands for, if these join the logits.
     """
-    L, R = length, len(sizes)
-    each, which = np.unique(sizes, return_inverse=True)
-    N = int(each[-1]).bit_length() if R else 1
+    L, R = length, regions
+    each, which = np.unique(sizes, return_inverse=True) if sizes is not None and R else ([1], None)
+    N = int(each[-1]).bit_length()
     # Sizes are what pools count: scratch row p stands for 2^p positions, and a region pools those of its size's bits.
     pool = np.empty((N + R, 4), np.int64)
     pool[:N] = [(L + R + p, 2 * p - 2, 0, 2) if p else (L + R, 0, 1, 1) for p in range(N)]
     index = [L + R + p for p in range(N - 1) for _ in range(2)]
     child = []
-    for size in each.tolist():
+    for size in map(int, each):
         bits = [L + R + p for p in range(N) if size >> p & 1]
         child.append((len(index), 0, len(bits)))
         index += bits
     pool[N:, 0] = np.arange(L, L + R)
-    if R:
-        pool[N:, 1:] = np.array(child)[which]
+    pool[N:, 1:] = child[0] if len(child) == 1 else np.array(child)[which]
     # A region must have been a query before it is attended; its tile is not run.
     tile = [(L + first, 1, min(64, R - first), n, 64) for n, first in enumerate(range(0, R, 64))]
     run = [(0, 1, 1, -1)] * len(tile)
@@ -679,5 +680,5 @@ def _plan(length: int, queries: int, lists: Sequence[tuple[int, int]], sizes: Ar
         length=L,
         regions=R,
         scratch=N,
-        size_bias=size_bias,
+        size_bias=sizes is not None,
     )
