@@ -35,9 +35,8 @@ class _Nodes(NamedTuple):
 
     branching: int  # children of a node
     levels: int | None  # of nodes; without an end if None
-    left: Literal[
-        "children", "positions", "last", "nothing"
-    ]  # what is left of a node: the summary of what, or which row
+    # What a complete node leaves: the summary of its children, or of its positions, or its last row.
+    left: Literal["children", "positions", "last", "nothing"]
 
     def can_grow(self, level: int) -> bool:
         """Whether nodes of this level, positions of level 0, become parts of others."""
@@ -63,9 +62,8 @@ class _Columns(NamedTuple):
     """How a pattern's positions lie in a grid."""
 
     width: int
-    left: Literal[
-        "keys", "vertical", "horizontal", "rowmajor"
-    ]  # what a row leaves in the columns: its keys alone, or..
+    # What a complete row leaves in the columns: its keys alone, or what the order of this name attends.
+    left: Literal["keys", "vertical", "horizontal", "rowmajor"]
 
 
 def _layout(pattern: object) -> _Nodes | _Columns:
@@ -107,7 +105,7 @@ class _Rows:
 
     __slots__ = ("_buffer", "count")
 
-    def __init__(self, lead: tuple[int, ...], features: int, dtype: np.dtype[np.floating]) -> None:
+    def __init__(self, lead: tuple[int, ...], features: int, dtype: np.dtype[Any]) -> None:
         self._buffer: Array = np.empty((*lead, 0, features), dtype)
         self.count = 0
 
@@ -151,9 +149,13 @@ class _Table:
         self.key.push(key)
         self.value.push(value)
 
+    def rows(self, first: int, end: int) -> tuple[Array, Array, Array]:
+        """Rows [first, end) of each; without queries the keys stand in for them."""
+        return (self.query or self.key).rows(first, end), self.key.rows(first, end), self.value.rows(first, end)
+
     def all(self) -> tuple[Array, Array, Array]:
-        """Every row; without queries the keys stand in for them."""
-        return tuple(rows.rows(0, self.count) for rows in (self.query or self.key, self.key, self.value))  # type: ignore[return-value]
+        """Every row."""
+        return self.rows(0, self.count)
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -221,13 +223,14 @@ class _Stack:
         return self._nodes.branching - self._counts[0] if self._nodes.can_grow(0) else _LONGEST
 
     def attend(self, query: Array, key: Array, value: Array, out: Array) -> None:
+        _, region_key, region_value = self._rows.all()
         below = self._rows.count
         counts = tuple(self._counts) if self._size_bias else (below,)
         is_kept = below <= _LARGE and self._nodes.can_grow(0)  # others do not come again
         make = _stack_plan if is_kept else _stack_plan.__wrapped__
         plan = make(query.shape[-2], counts, self._nodes.branching)
-        region_value = _spread(self._rows.value.rows(0, below), query.shape[-3])
-        attend(query, key, value, self._rows.key.rows(0, below), region_value, plan, scale=self._scale, out=out)
+        region_value = _spread(region_value, query.shape[-3])
+        attend(query, key, value, region_key, region_value, plan, scale=self._scale, out=out)
         self._push(query, key, value)
 
     def _push(self, query: Array, key: Array, value: Array) -> None:
@@ -256,7 +259,7 @@ class _Stack:
         self._counts[level] += 1
         query = None
         if nodes.left == "last":
-            key, value = rows.key.rows(end - 1, end).copy(), rows.value.rows(end - 1, end).copy()
+            _, key, value = rows.rows(end - 1, end)
         elif self._positions:
             positions = self._length - nodes.size(level), self._length
             key, value, query = self._summarize(self._positions, *positions, False)
@@ -267,8 +270,7 @@ class _Stack:
 
     def _summarize(self, table: _Table, first: int, end: int, needs_query: bool) -> tuple[Array, Array, Array | None]:
         """k_R, h_R and, if needed, q_R of one region whose members are these rows."""
-        assert table.query
-        query, key, value = (rows.rows(first, end) for rows in (table.query, table.key, table.value))
+        query, key, value = table.rows(first, end)
         plan = _region_plan(end - first, self._pattern.pooling)
         summary = summarize(query, _spread(key, value.shape[-3]), value, plan, scale=self._scale)
         # The key of a summary is pooled: of queries it is the region's query.
