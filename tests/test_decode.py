@@ -101,7 +101,7 @@ def test_equals_full_attention(name, options, dtype, rng):
     for heads in ((2, 2, 2), (1, 4, 2)):
         inputs = draw(rng, dtype, heads)
         accept(decode(Decoder(pattern), inputs, None, 1), inputs, pattern)
-        for prefill, chunk in zip((0, 1, span - 1, span, span + 1, 53, L), (1, 3, 1, 20, 1, 5, 1), strict=True):
+        for prefill, chunk in zip((0, 1, span - 1, span, span + 1, 53, L), (2, 3, 1, 20, 2, 5, 1), strict=True):
             accept(decode(Decoder(pattern), inputs, prefill, chunk), inputs, pattern)
 
 
@@ -129,6 +129,18 @@ def test_steps_of_several_have_the_bits_of_single_steps(name, rng):
     single = decode(Decoder(pattern), inputs, 5, 1)
     for chunk in (2, 7, 64, 65):
         assert np.array_equal(decode(Decoder(pattern), inputs, 5, chunk), single)
+
+
+def test_threads_that_join_a_step_change_no_bit(rng):
+    """A step over so many rows wakes them."""
+    inputs = draw(rng, np.float32, (1, 8, 8), 4200, 64, 64)
+    out = []
+    for threads in (1, 3):
+        with combiner.num_threads(threads):
+            decoder = Decoder(Dense())
+            decoder.prefill(*tokens(inputs, 0, 4198))
+            out.append(decoder.step(*tokens(inputs, 4198, 4200)))
+    assert np.array_equal(*out)
 
 
 @pytest.mark.parametrize("name", ("dense", "fixed16", "logsparse", "tree3"))
