@@ -3,6 +3,7 @@
 
 from . import _core
 from .clustering import assign_clusters, cluster, fit_centroids, update_centroids
+from .decode import Decoder
 from .functional import (
     AttendGradients,
     Gradients,
@@ -29,6 +30,7 @@ __all__ = [
     "AttendGradients",
     "Axial",
     "AxialMixture",
+    "Decoder",
     "Dense",
     "Fixed",
     "Gradients",

@@ -300,7 +300,9 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
             run->children = plan->pool[s].child.count > run->children ? plan->pool[s].child.count : run->children;
     }
     const int threads = cmb_get_num_threads();
-    const double work = (double)p->B * (double)p->Hq * (double)p->L * (double)(p->D + p->Dv);
+    /* A query attends some 64 rows and more; a few queries may attend any number of regions that are given. */
+    const int64_t rows = p->L + (p->stages == CMB_ATTEND ? run->R / 64 : 0);
+    const double work = (double)p->B * (double)p->Hq * (double)rows * (double)(p->D + p->Dv);
     run->units = p->B * run->segments * (backward ? p->Hk : p->Hq);
     run->workers = work < (double)worth_a_thread ? 1 : threads;
     if (backward) {
