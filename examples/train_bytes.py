@@ -271,7 +271,8 @@ def sample(p: Arrays, pattern: Pattern, prompt: np.ndarray, count: int, rng: np.
 
 def relative_error(value: Callable[[Arrays], float], at: Arrays, grad: Arrays, rng: np.random.Generator) -> float:
     """Of `grad` against the central difference of `value` at `at` along a random direction, in units of |grad|."""
-    direction, step = {name: rng.normal(size=x.shape) for name, x in at.items()}, 1e-6
+    direction = {name: rng.normal(size=x.shape) for name, x in at.items()}
+    step = 1e-8  # rounding adds about 1e-16 / step; much longer ones change which key of a region is the largest
     ahead, behind = (value({name: x + s * direction[name] for name, x in at.items()}) for s in (step, -step))
     exact = sum(float(np.vdot(grad[name], direction[name])) for name in at)
     size = math.sqrt(sum(float(np.vdot(grad[name], grad[name])) for name in at))
