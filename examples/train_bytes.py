@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a small byte-level language model on the Python standard library's own sources, with NumPy and combiner alone.
 
-The model is a plain transformer: embedding, then blocks of attention and MLP, then a softmax over the next byte;
-`forward` and `backward` spell out both directions pass by pass. It is trained twice from the same weights on the same
-batches: once with Combiner-Fixed, whose queries see their own span and a summary of every earlier one, once with the
-sparse pattern it replaces. The score is the number of bits per byte on files that the training never saw.
+The model is a plain transformer: an embedding of the last three bytes, then blocks of attention and MLP, then a softmax
+over the next byte; `forward` and `backward` spell out both directions pass by pass. Twins are trained from the same
+weights on the same batches. One attends by Combiner-Fixed: each query sees its own span, and every earlier span through
+a summary. The other attends by the sparse pattern that this replaces: of every earlier span it sees the last position
+alone. The score is the number of bits per byte on files that the training never saw.
 
-    python examples/train_bytes.py                  # about a minute and a half
+    python examples/train_bytes.py                  # about a minute
     python examples/train_bytes.py --length 4096    # longer context; dense attention falls behind further
 
 Letters: B batch, L positions, N = B * L rows, E model width, H heads, D = E / H head size.
@@ -15,25 +16,32 @@ Letters: B batch, L positions, N = B * L rows, E model width, H heads, D = E / H
 import argparse
 import hashlib
 import math
+import os
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported; each twin has a thread of its own
+
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 import combiner
+from combiner.patterns import Pattern
 
 BYTES = 256
+RECENT = 3  # bytes embedded together
 DEPTH = 2
 HEADS = 4
-ROWS_PER_STEP = 4096
-LEARNING_RATE = 6e-3
+ROWS_PER_STEP = 1024
+LEARNING_RATE = 3e-3
 
 Arrays = dict[str, np.ndarray]
-Pattern = combiner.Fixed | combiner.Dense
 
 
 # ---- the text ----------------------------------------------------------------------------------------
@@ -79,38 +87,32 @@ def count_models(train: np.ndarray, tokens: np.ndarray, targets: np.ndarray) -> 
 # ---- the model ---------------------------------------------------------------------------------------
 
 
-def shapes(dim: int) -> dict[str, tuple[int, ...]]:
-    """Every parameter's shape; matrices map rows by `rows @ matrix`."""
-    layer = {
-        "norm_attention": (dim,),
-        "qkv": (dim, 3 * dim),
-        "project": (dim, dim),
-        "norm_mlp": (dim,),
-        "up": (dim, 4 * dim),
-        "down": (4 * dim, dim),
-    }
-    layers = {f"{name}{n}": shape for n in range(DEPTH) for name, shape in layer.items()}
-    return {"embedding": (BYTES, dim), **layers, "norm_out": (dim,), "head": (dim, BYTES)}
+def initial_weights(dim: int, rng: np.random.Generator) -> Arrays:
+    """Matrices map rows by `rows @ matrix`. What adds to the residual stream is zero: blocks start as identity."""
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(0, dim**-0.5, shape).astype(np.float32)
+
+    def constant(value: float, *shape: int) -> np.ndarray:
+        return np.full(shape, value, np.float32)
+
+    p = {"embedding": normal(RECENT, BYTES, dim)}
+    for n in range(DEPTH):
+        p[f"norm_attention{n}"] = constant(1, dim)
+        p[f"qkv{n}"] = normal(dim, 3 * dim)
+        p[f"project{n}"] = constant(0, dim, dim)
+        p[f"norm_mlp{n}"] = constant(1, dim)
+        p[f"up{n}"] = normal(dim, 4 * dim)
+        p[f"down{n}"] = constant(0, 4 * dim, dim)
+    p["norm_out"] = constant(1, dim)
+    p["head"] = constant(0, dim, BYTES)
+    return p
 
 
-def views(flat: np.ndarray, dim: int) -> Arrays:
-    """The parameters by name, as views of one vector: the optimiser and the checks see only the vector."""
-    named, start = {}, 0
-    for name, shape in shapes(dim).items():
-        named[name] = flat[start : start + math.prod(shape)].reshape(shape)
-        start += math.prod(shape)
-    return named
-
-
-def initial_weights(dim: int, rng: np.random.Generator) -> np.ndarray:
-    """One vector of parameters. What writes into the residual stream starts at zero, so a block starts as identity."""
-    flat = np.zeros(sum(math.prod(shape) for shape in shapes(dim).values()), np.float32)
-    for name, weight in views(flat, dim).items():
-        if name.startswith("norm"):
-            weight[...] = 1
-        elif name.startswith(("embedding", "qkv", "up")):
-            weight[...] = rng.normal(0, dim**-0.5, weight.shape)
-    return flat
+def recent(tokens: np.ndarray) -> np.ndarray:
+    """The last bytes up to each position of tokens [B, L], zero before the first: [RECENT, N]."""
+    padded = np.pad(tokens, ((0, 0), (RECENT - 1, 0)))
+    return sliding_window_view(padded, RECENT, axis=1).reshape(-1, RECENT).T
 
 
 def normalise(x: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,58 +121,41 @@ def normalise(x: np.ndarray, gain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x * r * gain, r
 
 
-def normalise_backward(grad: np.ndarray, x: np.ndarray, gain: np.ndarray, r: np.ndarray, grad_gain: np.ndarray):
-    """Gradient with respect to x; that of the gain goes into grad_gain."""
+def normalise_backward(
+    grad: np.ndarray, x: np.ndarray, gain: np.ndarray, r: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients with respect to x and the gain."""
     unit = x * r
-    grad_gain[...] = np.sum(grad * unit, axis=0)
     grad_unit = grad * gain
-    return r * (grad_unit - unit * np.mean(grad_unit * unit, axis=-1, keepdims=True))
-
-
-def rotation(length: int, size: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines [L, D/2] of rotary positions. The later half of the frequencies is zero: features without a
-    position, whose maximum over a span says what is in the span and not where."""
-    pairs = size // 2
-    turning = np.arange(pairs) < (pairs + 1) // 2
-    frequency = np.where(turning, 500.0 ** (-2 * np.arange(pairs) / pairs), 0)
-    angle = np.arange(length)[:, None] * frequency
-    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
-
-
-def rotate(x: np.ndarray, cosine: np.ndarray, sine: np.ndarray) -> np.ndarray:
-    """Turn the feature pairs (d, d + D/2) of x [B, H, L, D]; the inverse, and the gradient, is the turn by -sine."""
-    a, b = np.split(x, 2, axis=-1)
-    return np.concatenate([a * cosine - b * sine, a * sine + b * cosine], axis=-1)
+    return r * (grad_unit - unit * np.mean(grad_unit * unit, axis=-1, keepdims=True)), np.sum(grad * unit, axis=0)
 
 
 def forward(p: Arrays, tokens: np.ndarray, pattern: Pattern) -> tuple[np.ndarray, list]:
     """Logits [N, 256] of the byte after each of tokens [B, L], and what `backward` needs."""
-    (B, L), E = tokens.shape, p["embedding"].shape[1]
-    D = E // HEADS
-    cosine, sine = rotation(L, D, p["embedding"].dtype)
+    (B, L), E = tokens.shape, p["head"].shape[0]
     saved: list = []
-    x = p["embedding"][tokens.ravel()]
+    # pass 0: embed the last bytes in order, the only encoding of positions. Rotary ones would better both twins by some
+    # hundredths of a bit and bring them closer together: the maximum over a region's keys would blur them
+    x = sum(table[byte] for table, byte in zip(p["embedding"], recent(tokens), strict=True))
     for n in range(DEPTH):
         # pass 1: normalise
         x_attention = x
         a, r_attention = normalise(x, p[f"norm_attention{n}"])
         # pass 2: queries, keys and values, [B, H, L, D] each: views of one product
-        q, k, v = (a @ p[f"qkv{n}"]).reshape(B, L, 3, HEADS, D).transpose(2, 0, 3, 1, 4)
-        # pass 3: positions
-        q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
-        # pass 4: attention
+        q, k, v = (a @ p[f"qkv{n}"]).reshape(B, L, 3, HEADS, E // HEADS).transpose(2, 0, 3, 1, 4)
+        # pass 3: attention
         out, attention = combiner.attention_forward(q, k, v, pattern, is_causal=True)
-        # pass 5: join the heads and add
+        # pass 4: join the heads and add
         heads = out.swapaxes(1, 2).reshape(B * L, E)
         x = x + heads @ p[f"project{n}"]
-        # pass 6: normalise
+        # pass 5: normalise
         x_mlp = x
         b, r_mlp = normalise(x, p[f"norm_mlp{n}"])
-        # pass 7: MLP with squared ReLU, and add
+        # pass 6: MLP with squared ReLU, and add
         u = np.maximum(b @ p[f"up{n}"], 0)
         x = x + (u * u) @ p[f"down{n}"]
-        saved.append((x_attention, a, r_attention, q, k, attention, heads, x_mlp, b, r_mlp, u))
-    # pass 8: logits
+        saved.append((x_attention, a, r_attention, attention, heads, x_mlp, b, r_mlp, u))
+    # pass 7: logits
     c, r_out = normalise(x, p["norm_out"])
     saved.append((x, c, r_out))
     return c @ p["head"], saved
@@ -189,73 +174,85 @@ def loss(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
     return bits, p
 
 
-def backward(p: Arrays, g: Arrays, tokens: np.ndarray, grad_logits: np.ndarray, saved: list) -> None:
-    """Gradients of the loss with respect to every parameter, into g: the passes of `forward`, last to first."""
-    (B, L), E = tokens.shape, p["embedding"].shape[1]
-    D = E // HEADS
-    cosine, sine = rotation(L, D, p["embedding"].dtype)
-    # pass 8: c @ head
+def backward(p: Arrays, tokens: np.ndarray, grad_logits: np.ndarray, saved: list) -> Arrays:
+    """Gradients of the loss with respect to every parameter: the passes of `forward`, last to first."""
+    (B, L), E = tokens.shape, p["head"].shape[0]
+    g: Arrays = {}
+    # pass 7: c @ head
     x, c, r_out = saved[DEPTH]
-    g["head"][...] = c.T @ grad_logits
-    dx = normalise_backward(grad_logits @ p["head"].T, x, p["norm_out"], r_out, g["norm_out"])
+    g["head"] = c.T @ grad_logits
+    dx, g["norm_out"] = normalise_backward(grad_logits @ p["head"].T, x, p["norm_out"], r_out)
     for n in reversed(range(DEPTH)):
-        x_attention, a, r_attention, _, _, attention, heads, x_mlp, b, r_mlp, u = saved[n]
-        # pass 7: x + (u * u) @ down
-        g[f"down{n}"][...] = (u * u).T @ dx
+        x_attention, a, r_attention, attention, heads, x_mlp, b, r_mlp, u = saved[n]
+        # pass 6: x + (u * u) @ down
+        g[f"down{n}"] = (u * u).T @ dx
         du = (dx @ p[f"down{n}"].T) * (2 * u)
-        g[f"up{n}"][...] = b.T @ du
-        # pass 6: normalise
-        dx = dx + normalise_backward(du @ p[f"up{n}"].T, x_mlp, p[f"norm_mlp{n}"], r_mlp, g[f"norm_mlp{n}"])
-        # pass 5: x + heads @ project
-        g[f"project{n}"][...] = heads.T @ dx
-        dout = (dx @ p[f"project{n}"].T).reshape(B, L, HEADS, D).swapaxes(1, 2)
-        # pass 4: attention
+        g[f"up{n}"] = b.T @ du
+        # pass 5: normalise
+        dx_mlp, g[f"norm_mlp{n}"] = normalise_backward(du @ p[f"up{n}"].T, x_mlp, p[f"norm_mlp{n}"], r_mlp)
+        dx = dx + dx_mlp
+        # pass 4: x + heads @ project
+        g[f"project{n}"] = heads.T @ dx
+        dout = (dx @ p[f"project{n}"].T).reshape(B, L, HEADS, E // HEADS).swapaxes(1, 2)
+        # pass 3: attention
         dq, dk, dv, *_ = combiner.attention_backward(dout, attention)
-        # pass 3: positions
-        dq, dk = rotate(dq, cosine, -sine), rotate(dk, cosine, -sine)
         # pass 2: a @ qkv
         dqkv = np.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4).reshape(B * L, 3 * E)
-        g[f"qkv{n}"][...] = a.T @ dqkv
+        g[f"qkv{n}"] = a.T @ dqkv
         # pass 1: normalise
-        da = dqkv @ p[f"qkv{n}"].T
-        dx = dx + normalise_backward(da, x_attention, p[f"norm_attention{n}"], r_attention, g[f"norm_attention{n}"])
-    # the embedding's rows add up where a byte occurs more than once
-    g["embedding"][...] = np.eye(BYTES, dtype=dx.dtype)[tokens.ravel()].T @ dx
+        da, gain = dqkv @ p[f"qkv{n}"].T, p[f"norm_attention{n}"]
+        dx_attention, g[f"norm_attention{n}"] = normalise_backward(da, x_attention, gain, r_attention)
+        dx = dx + dx_attention
+    # pass 0: rows of a table add up where a byte occurs more than once
+    g["embedding"] = np.stack([np.eye(BYTES, dtype=dx.dtype)[byte].T @ dx for byte in recent(tokens)])
+    return g
 
 
-# ---- training and scoring ----------------------------------------------------------------------------
+# ---- training, scoring, sampling ---------------------------------------------------------------------
 
 
-def train(
-    weights: np.ndarray, dim: int, pattern: Pattern, text: Text, length: int, steps: int, seed: int, name: str
-) -> np.ndarray:
-    """The weights after `steps` steps of Adam. Batches depend on the seed alone, so twins see the same ones."""
-    rng = np.random.default_rng(seed)
-    weights, grad = weights.copy(), np.zeros_like(weights)
-    p, g = views(weights, dim), views(grad, dim)
-    mean, square = np.zeros_like(weights), np.zeros_like(weights)
-    on_terminal = sys.stderr.isatty()
-    bar = tqdm(range(steps), desc=name, unit="step", ascii=not on_terminal, mininterval=0.1 if on_terminal else 10)
-    for step in bar:
-        starts = rng.integers(0, len(text.train) - length, max(1, ROWS_PER_STEP // length))
-        tokens, targets = windows(text.train, starts, length)
-        logits, saved = forward(p, tokens, pattern)
+class Twin:
+    """A model, what it attends by, and Adam's running means of its gradients and their squares."""
+
+    def __init__(self, first: Arrays, pattern: Pattern):
+        self.pattern = pattern
+        self.p = {name: weight.copy() for name, weight in first.items()}
+        self.mean = {name: np.zeros_like(weight) for name, weight in first.items()}
+        self.square = {name: np.zeros_like(weight) for name, weight in first.items()}
+
+    def step(self, tokens: np.ndarray, targets: np.ndarray, number: int, rate: float) -> float:
+        """Step `number` (from 1) of Adam; returns the bits per byte before it."""
+        logits, saved = forward(self.p, tokens, self.pattern)
         bits, grad_logits = loss(logits, targets)
-        backward(p, g, tokens, grad_logits, saved)
-        mean += 0.1 * (grad - mean)
-        square += 0.02 * (grad * grad - square)
-        corrected = mean / (1 - 0.9 ** (step + 1))
-        rate = LEARNING_RATE * min(1, (step + 1) / (0.1 * steps), (steps - step) / (0.6 * steps))
-        weights -= rate * corrected / (np.sqrt(square / (1 - 0.98 ** (step + 1))) + 1e-8)
-        bar.set_postfix_str(f"{bits:.2f} bits/byte", refresh=False)
-    return weights
+        for name, grad in backward(self.p, tokens, grad_logits, saved).items():
+            self.mean[name] += 0.1 * (grad - self.mean[name])
+            self.square[name] += 0.02 * (grad * grad - self.square[name])
+            deviation = np.sqrt(self.square[name] / (1 - 0.98**number)) + 1e-8
+            self.p[name] -= rate / (1 - 0.9**number) * self.mean[name] / deviation
+        return bits
+
+
+def train(twins: dict[str, Twin], text: np.ndarray, length: int, steps: int, rng: np.random.Generator) -> None:
+    """Step all twins on the same batches, side by side with one thread each."""
+    on_terminal = sys.stderr.isatty()
+    bar = tqdm(
+        range(1, steps + 1), "training", unit="step", ascii=not on_terminal, mininterval=0.1 if on_terminal else 5
+    )
+    with combiner.num_threads(1), ThreadPoolExecutor(len(twins)) as pool:
+        for number in bar:
+            batch = windows(text, rng.integers(0, len(text) - length, max(1, ROWS_PER_STEP // length)), length)
+            rate = LEARNING_RATE * min(
+                1, number / (0.1 * steps), (steps + 1 - number) / (0.6 * steps)
+            )  # up, flat, down
+            taken = {name: pool.submit(twin.step, *batch, number, rate) for name, twin in twins.items()}
+            shown = ", ".join(f"{name} {step.result():.2f}" for name, step in taken.items())
+            bar.set_postfix_str(f"bits per byte: {shown}", refresh=False)
 
 
 def evaluate(p: Arrays, pattern: Pattern, tokens: np.ndarray, targets: np.ndarray) -> float:
     """Mean bits per byte of targets [B, L], window by window."""
-    return float(
-        np.mean([loss(forward(p, t[None], pattern)[0], y[None])[0] for t, y in zip(tokens, targets, strict=True)])
-    )
+    pairs = zip(tokens[:, None], targets[:, None], strict=True)
+    return float(np.mean([loss(forward(p, t, pattern)[0], y)[0] for t, y in pairs]))
 
 
 def sample(p: Arrays, pattern: Pattern, prompt: np.ndarray, count: int, rng: np.random.Generator) -> bytes:
@@ -272,139 +269,140 @@ def sample(p: Arrays, pattern: Pattern, prompt: np.ndarray, count: int, rng: np.
 # ---- checks, times, picture --------------------------------------------------------------------------
 
 
+def relative_error(value: Callable[[Arrays], float], at: Arrays, grad: Arrays, rng: np.random.Generator) -> float:
+    """Of `grad` against the central difference of `value` at `at` along a random direction, in units of |grad|."""
+    direction = {name: rng.normal(size=x.shape) for name, x in at.items()}
+    step = 1e-8  # rounding adds about 1e-16 / step; much longer ones change which key of a region is the largest
+    ahead, behind = (value({name: x + s * direction[name] for name, x in at.items()}) for s in (step, -step))
+    exact = sum(float(np.vdot(grad[name], direction[name])) for name in at)
+    size = math.sqrt(sum(float(np.vdot(grad[name], grad[name])) for name in at))
+    return abs((ahead - behind) / (2 * step) - exact) / size
+
+
 def check_attention(pattern: Pattern, rng: np.random.Generator) -> float:
-    """Relative error of dq, dk, dv against central differences along a random direction each, in float64."""
-    inputs = [rng.normal(size=(1, 2, 200, 16)) for _ in range(3)]
-    weight = rng.normal(size=(1, 2, 200, 16))
-    _, saved = combiner.attention_forward(*inputs, pattern, is_causal=True)
-    worst = 0.0
-    for n, grad in enumerate(combiner.attention_backward(weight, saved)[:3]):
-        direction, step = rng.normal(size=grad.shape), 1e-6
-        ends = []
-        for sign in (1, -1):
-            moved = [x + sign * step * direction if m == n else x for m, x in enumerate(inputs)]
-            ends.append(np.sum(weight * combiner.attention(*moved, pattern, is_causal=True)))
-        numeric, exact = (ends[0] - ends[1]) / (2 * step), np.sum(grad * direction)
-        worst = max(worst, abs(numeric - exact) / abs(exact))
-    return float(worst)
+    """The largest relative error of dq, dk and dv, in float64."""
+    inputs = {name: rng.normal(size=(1, 2, 200, 16)) for name in ("query", "key", "value")}
+    dout = rng.normal(size=(1, 2, 200, 16))
+    _, saved = combiner.attention_forward(**inputs, pattern=pattern, is_causal=True)
+    gradients = combiner.attention_backward(dout, saved)
+
+    def value(moved: Arrays) -> float:
+        return float(np.sum(dout * combiner.attention(**{**inputs, **moved}, pattern=pattern, is_causal=True)))
+
+    return max(relative_error(value, {n: x}, {n: getattr(gradients, n)}, rng) for n, x in inputs.items())
 
 
-def check_model(dim: int, pattern: Pattern, tokens: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> float:
-    """The same for the whole model's loss and a random direction in the space of its weights."""
-    weights = initial_weights(dim, rng).astype(np.float64) + rng.normal(
-        0, 0.05, sum(map(math.prod, shapes(dim).values()))
-    )
-    grad, direction, step = np.zeros_like(weights), rng.normal(size=weights.shape), 1e-6
-    logits, saved = forward(views(weights, dim), tokens, pattern)
-    backward(views(weights, dim), views(grad, dim), tokens, loss(logits, targets)[1], saved)
-    ends = [
-        loss(forward(views(weights + sign * step * direction, dim), tokens, pattern)[0], targets)[0] for sign in (1, -1)
-    ]
-    numeric, exact = (ends[0] - ends[1]) / (2 * step), np.sum(grad * direction)
-    return float(abs(numeric - exact) / abs(exact))
+def check_model(pattern: Pattern, tokens: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> float:
+    """The relative error of the gradient of a small model's loss with respect to all its weights, in float64."""
+    p = {name: weight + rng.normal(0, 0.05, weight.shape) for name, weight in initial_weights(32, rng).items()}
+    logits, saved = forward(p, tokens, pattern)
+    grad = backward(p, tokens, loss(logits, targets)[1], saved)
+    return relative_error(lambda moved: loss(forward(moved, tokens, pattern)[0], targets)[0], p, grad, rng)
 
 
-def best_time(call, repeats: int) -> float:
-    """Seconds of the fastest of `repeats` calls."""
+def best_time(call: Callable[[], object], repeats: int = 5) -> float:
+    """Milliseconds of the fastest of `repeats` calls."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return 1e3 * min(times)
 
 
-def time_step(
-    p: Arrays, pattern: Pattern, tokens: np.ndarray, targets: np.ndarray, repeats: int
-) -> tuple[float, float]:
-    """Seconds of one step (forward, loss, backward) and of its attention calls alone."""
-    g = {name: np.empty_like(weight) for name, weight in p.items()}
+def time_step(p: Arrays, pattern: Pattern, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
+    """Milliseconds of one step (forward, loss, backward) and of its attention calls alone."""
 
     def step() -> list:
         logits, saved = forward(p, tokens, pattern)
-        backward(p, g, tokens, loss(logits, targets)[1], saved)
+        backward(p, tokens, loss(logits, targets)[1], saved)
         return saved
 
-    _, _, _, q, k, *_ = step()[0]
+    saved = step()[0][3]
+    q, k, v = saved["query"], saved["key"], saved["value"]
 
     def attention() -> None:
-        out, saved = combiner.attention_forward(q, k, k, pattern, is_causal=True)
+        out, saved = combiner.attention_forward(q, k, v, pattern, is_causal=True)
         combiner.attention_backward(out, saved)
 
-    return best_time(step, repeats), DEPTH * best_time(attention, repeats)
+    return best_time(step), DEPTH * best_time(attention)
 
 
 def draw(p: Arrays, pattern: combiner.Fixed, span: int, tokens: np.ndarray, path: Path) -> None:
-    """Save the effective attention of the last block's head that gives its regions the most weight, on tokens [L]."""
+    """Save the effective attention on tokens [L] of the last block's head that shares most evenly with its regions."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    _, _, _, q, k, *_ = forward(p, tokens[None], pattern)[1][DEPTH - 1]
-    weights = combiner.attention_weights(q[0], k[0], pattern, is_causal=True)
-    position = np.arange(len(tokens))
-    is_direct = position[:, None] // span == position // span
-    share = np.where(is_direct, 0, weights).sum(axis=-1).mean(axis=-1)
-    head = int(share.argmax())
+    attention = forward(p, tokens[None], pattern)[1][DEPTH - 1][3]
+    weights = combiner.attention_weights(attention["query"][0], attention["key"][0], pattern, is_causal=True)
+    L = len(tokens)
+    query, key = np.indices((L, L))
+    is_direct = query // span == key // span
+    share = np.where(is_direct, 0, weights)[:, span:].sum(axis=-1).mean(axis=-1)
+    head = int(np.abs(share - 0.5).argmin())
 
-    figure = Figure(figsize=(9, 8.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10, 8), dpi=120, layout="constrained")
     axes = figure.subplots()
-    norm = LogNorm(1e-4, 1)
-    extent = (-0.5, len(tokens) - 0.5, len(tokens) - 0.5, -0.5)
-    for part, colours, name in (
-        (is_direct, "Oranges", "own span, key by key"),
-        (~is_direct, "Blues", "earlier spans, through a summary"),
+    axes.set_facecolor("0.95")
+    in_corner = {"ha": "right", "transform": axes.transAxes, "fontsize": 12}
+    for part, colours, height, name, meaning in (
+        (is_direct, "Oranges", 0.95, "direct", "its own span, key by key"),
+        (~is_direct, "Blues", 0.91, "regions", "each earlier span, through a summary"),
     ):
-        image = np.ma.masked_where(~part | (position[:, None] < position), np.maximum(weights[head], 1e-4))
-        shown = axes.imshow(image, cmap=colours, norm=norm, extent=extent, interpolation="nearest")
-        figure.colorbar(shown, ax=axes, label=f"{name}: weight", shrink=0.8, pad=0.01)
-    ticks = np.arange(0, len(tokens) + 1, span) - 0.5
-    axes.set_xticks(ticks, [f"{t + 0.5:.0f}" for t in ticks])
-    axes.set_yticks(ticks, [f"{t + 0.5:.0f}" for t in ticks])
-    axes.set(xlabel="key position", ylabel="query position")
-    axes.set_title(f"Effective attention of one trained head: {pattern}, block {DEPTH}, head {head + 1}")
-    figure.supxlabel(
-        "Each row sums to 1 and covers every earlier position: full attention.\n"
-        f"On average {share[head]:.0%} of this head's weight goes through summaries. Held-out bytes, log colour scale.",
-        fontsize=9,
-    )
+        image = np.ma.masked_where(~part | (key > query), np.maximum(weights[head], 1e-4))
+        shown = axes.imshow(image, cmap=colours, norm=LogNorm(1e-4, 1), extent=(0, L, L, 0), interpolation="nearest")
+        figure.colorbar(shown, ax=axes, label=f"weight, {name}", shrink=0.8, pad=0.01)
+        axes.text(0.97, height, f"{name}: {meaning}", color=shown.cmap(0.8), weight="bold", **in_corner)
+    axes.text(0.97, 0.87, f"every row sums to 1; {share[head]:.0%} through summaries", **in_corner)
+    ticks = np.arange(0, L + 1, span)
+    axes.hlines(ticks, 0, ticks, "white", linewidth=1)
+    axes.vlines(ticks, ticks, L, "white", linewidth=1)
+    axes.set(xticks=ticks, yticks=ticks, xlabel="key position", ylabel="query position")
+    axes.set_title(f"Effective attention on held-out bytes: {pattern}, block {DEPTH}, head {head + 1}")
     figure.savefig(path)
+
+
+# ---- the job -----------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150, help="training steps of each twin (default %(default)s)")
-    parser.add_argument("--length", type=int, default=2048, help="positions of one window (default %(default)s)")
-    parser.add_argument("--span", type=int, default=64, help="span of the Fixed pattern (default %(default)s)")
-    parser.add_argument("--dim", type=int, default=128, help="width of the model (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of each twin (default %(default)s)")
+    parser.add_argument("--length", type=int, default=1024, help="positions of one window (default %(default)s)")
+    parser.add_argument("--span", type=int, default=16, help="span of the Fixed pattern (default %(default)s)")
+    parser.add_argument("--dim", type=int, default=64, help="width of the model (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and sample (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("attention.png"), help="the picture (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few seconds, for tests: every part, nothing learned")
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.length, args.span, args.dim = 3, 256, 16, 32
-    if args.length % args.span or args.dim % (4 * HEADS):
-        parser.error(f"--length must be a multiple of --span, --dim of {4 * HEADS}")
+        args.steps, args.length, args.dim = 3, 256, 32
+    if args.dim % HEADS:
+        parser.error(f"--dim must be a multiple of {HEADS}, got {args.dim}")
+    if args.length <= args.span:
+        parser.error(f"--length must be greater than --span, got {args.length} and {args.span}")
     started = time.perf_counter()
-    dim, length, pattern = args.dim, args.length, combiner.Fixed(args.span)
+    length, pattern = args.length, combiner.Fixed(args.span)
     rng = np.random.default_rng(args.seed)
     print(f"combiner {combiner.__version__}: {combiner.info()}")
 
     text = read_text()
+    if min(len(text.train), len(text.held_out)) <= length:
+        sys.exit(f"the standard library's sources are not here, or shorter than --length {length}")
     digest = hashlib.sha256(text.train.astype(np.uint8)).hexdigest()[:12]
     print(
         f"text: Python {sys.version.split()[0]} standard library, {text.files[0]} files, {len(text.train):,} bytes to"
         f" train on (sha256 {digest}); {text.files[1]} files, {len(text.held_out):,} bytes held out"
     )
-    if min(len(text.train), len(text.held_out)) <= length:
-        sys.exit(f"the standard library's sources are not here, or shorter than --length {length}")
-
-    first = initial_weights(dim, rng)
-    print(f"model: {DEPTH} blocks of width {dim}, {HEADS} heads, {len(first):,} weights; length {length}, {pattern}")
     count = 2 if args.quick else 2**17 // length
     held_out = windows(text.held_out, np.linspace(0, len(text.held_out) - length - 1, count).astype(int), length)
 
+    first = initial_weights(args.dim, rng)
+    size = sum(weight.size for weight in first.values())
+    print(f"model: {DEPTH} blocks of width {args.dim}, {HEADS} heads, {size:,} weights; length {length}, {pattern}")
+
     error_attention = check_attention(combiner.Fixed(16), rng)
-    error_model = check_model(32, combiner.Fixed(16), *(part[:1, :128] for part in held_out), rng)
+    error_model = check_model(combiner.Fixed(16), *(part[:1, :128] for part in held_out), rng)
     print(
         "gradients against finite differences in float64, relative error:"
         f" attention {error_attention:.1e}, whole model {error_model:.1e}"
@@ -412,34 +410,29 @@ def main() -> None:
     if max(error_attention, error_model) > 1e-6:
         sys.exit("the gradients are wrong")
 
-    twins = {"Combiner-Fixed": pattern, "sparse Fixed": pattern.sparse()}
+    patterns = {"Combiner-Fixed": pattern, "sparse Fixed": pattern.sparse(), "dense": combiner.Dense()}
+    twins = {name: Twin(first, patterns[name]) for name in ("Combiner-Fixed", "sparse Fixed")}
+    train(twins, text.train, length, args.steps, rng)
     bits = dict(zip(("unigram", "bigram"), count_models(text.train, *held_out), strict=True))
-    models = {}
-    for name, twin in twins.items():
-        weights = train(first, dim, twin, text, length, args.steps, args.seed, name)
-        models[name] = views(weights, dim)
-        bits[name] = evaluate(models[name], twin, *held_out)
-    print(f"held-out bits per byte, {args.steps} steps of {max(1, ROWS_PER_STEP // length)} x {length} bytes:")
+    bits |= {name: evaluate(twin.p, twin.pattern, *held_out) for name, twin in twins.items()}
+    batch = max(1, ROWS_PER_STEP // length)
+    print(f"held-out bits per byte, after {args.steps} steps of {batch} x {length} bytes:")
     for name, value in bits.items():
         print(f"  {name:<16}{value:7.3f}")
 
-    p = models["Combiner-Fixed"]
-    batch = tuple(part[: max(1, ROWS_PER_STEP // length)] for part in held_out)
+    p = twins["Combiner-Fixed"].p
     print(f"milliseconds per step at length {length}:  whole step   attention alone")
-    for name, other in {**twins, "dense": combiner.Dense()}.items():
-        step, attention = time_step(p, other, *batch, repeats=2)
-        print(f"  {name:<34}{1e3 * step:12.1f}{1e3 * attention:15.1f}")
+    for name, other in patterns.items():
+        step, attention = time_step(p, other, *(part[:batch] for part in held_out))
+        print(f"  {name:<34}{step:12.1f}{attention:15.1f}")
 
-    crop = min(length, 4 * args.span)
-    prompt = text.held_out[:crop]
-    print(f"sample, after {crop} held-out bytes:")
+    prompt = text.held_out[: min(length, 8 * args.span)]
     drawn = sample(p, pattern, prompt, 8 if args.quick else 200, rng)
-    print(
-        "  "
-        + (bytes(prompt[-60:].astype(np.uint8)) + b" >>> " + drawn).decode("utf-8", "replace").replace("\n", "\n  ")
-    )
+    shown = (bytes(prompt[-60:].tolist()) + b" >>> " + drawn).decode("utf-8", "replace")
+    print(f"sample, after {len(prompt)} held-out bytes:")
+    print("  " + shown.replace("\n", "\n  "))
 
-    draw(p, pattern, args.span, text.held_out[:crop], args.out)
+    draw(p, pattern, args.span, prompt, args.out)
     print(f"picture: {args.out}")
     print(f"total: {time.perf_counter() - started:.0f} s")
 
