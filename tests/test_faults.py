@@ -281,10 +281,11 @@ def seconds_to_end(call, after: float) -> float:
         sent.append(time.perf_counter())
         os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     sender = threading.Thread(target=send)
-    sender.start()
     began = time.perf_counter()
     try:
+        sender.start()
         call()
     except KeyboardInterrupt:
         return time.perf_counter() - sent[0]
