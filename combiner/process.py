@@ -55,7 +55,7 @@ def num_threads(count: int) -> Iterator[None]:
 def release_memory() -> None:
     """Give back to the system what is kept of released memory.
 
-    Workspaces and large results, once nothing refers to them, are kept for the calls that follow, up to 256 MiB in all:
+    Workspaces and large results, once nothing refers to them, are kept for the calls that follow, up to 512 MiB in all:
     having the system map and clear them anew costs up to a fifth of a call.
     """
     _core.release_memory()

@@ -326,7 +326,7 @@ typedef struct {
 } cmb_allocator;
 void cmb_set_allocator(const cmb_allocator *allocator);
 
-/* The default allocator, whichever is set: malloc, but for up to 256 MiB in blocks of 256 KiB and more that are kept
+/* The default allocator, whichever is set: malloc, but for up to 512 MiB in blocks of 256 KiB and more that are kept
  * when they are released. For results too: mapping them anew costs up to a fifth of a call. cmb_release_kept frees what
  * is kept. */
 void *cmb_default_allocate(size_t bytes);

@@ -22,7 +22,7 @@ typedef struct {
 } block_header;
 
 enum { KEPT_BLOCKS = 16 }; /* a step of training releases about ten: results, what is saved, workspaces */
-static const size_t header_bytes = 64, huge_page = 2 << 20, large_block = 256 << 10, kept_at_most = 256 << 20;
+static const size_t header_bytes = 64, huge_page = 2 << 20, large_block = 256 << 10, kept_at_most = 512 << 20;
 static _Atomic(block_header *) kept[KEPT_BLOCKS];
 static atomic_size_t kept_bytes; /* counted before a block is kept, and until it is gone */
 
