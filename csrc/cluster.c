@@ -66,13 +66,6 @@ static uint64_t draw(uint64_t seed, int64_t counter) {
 
 /* ---- checks ------------------------------------------------------------------------------------- */
 
-#define TRY(call)                          \
-    do {                                   \
-        const cmb_status status_ = (call); \
-        if (status_ != CMB_OK)             \
-            return status_;                \
-    } while (0)
-
 static cmb_status check_clusters(const cmb_clustering *p, cmb_error *error) {
     const int64_t count = p->B * p->H * p->L;
     for (int64_t i = 0; i < count; i++)

@@ -72,13 +72,6 @@ static int64_t count_regions(const cmb_problem *p) {
     return R;
 }
 
-#define TRY(call)                          \
-    do {                                   \
-        const cmb_status status_ = (call); \
-        if (status_ != CMB_OK)             \
-            return status_;                \
-    } while (0)
-
 static cmb_status check_segments(const cmb_problem *p, cmb_error *error) {
     if (!p->segment)
         return CMB_OK;

@@ -18,6 +18,14 @@ static inline bool cmb_add(size_t a, size_t b, size_t *result) { return !__built
 /* Fills *error (where not NULL) and returns `status`. */
 cmb_status cmb_fail(cmb_error *error, cmb_status status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
+/* Returns from the caller where the call did not succeed. */
+#define TRY(call)                          \
+    do {                                   \
+        const cmb_status status_ = (call); \
+        if (status_ != CMB_OK)             \
+            return status_;                \
+    } while (0)
+
 int64_t cmb_now(void); /* ns of the monotonic clock */
 
 /* The state of one call's wish to stop. Worker 0 is the calling thread: it alone polls, 50 ms apart. */
