@@ -236,6 +236,34 @@ def test_without_dropout_nothing_is_drawn():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_checkpointed_dropout():
+    """What is computed again has the seed that it had."""
+    inputs, options = problem(Fixed(8), dropout_p=0.4)
+
+    def f(q, k, v):
+        return ct.attention(q, k, v, Fixed(8), **options).square()
+
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(f(*inputs).sum(), inputs)
+    torch.manual_seed(3)
+    out = torch.utils.checkpoint.checkpoint(f, *inputs, use_reentrant=False)
+    assert same(torch.autograd.grad(out.sum(), inputs), expected)
+
+
+def test_a_plan_for_each_head():
+    inputs = tensors((2, 4, L, 6), (2, 2, L, 6), (2, 2, L, 5))
+    plans = tuple(Fixed(span).plan(L, True) for span in (4, 5, 6, 7))
+
+    def f(q, k, v):
+        return ct.attention(q, k, v, plans)
+
+    out = f(*inputs)
+    assert np.array_equal(out.detach(), combiner.attention(*(x.detach().numpy() for x in inputs), plans))
+    actual, g = torch.compile(f, **compiled)(*inputs), torch.randn_like(out)
+    assert torch.equal(actual, out)
+    assert same(torch.autograd.grad(actual, inputs, g), torch.autograd.grad(out, inputs, g))
+
+
 def test_deterministic_algorithms():
     inputs, options = problem(Fixed(8))
 
@@ -866,6 +894,8 @@ def test_one_derivative():
     q, k, v = (x.detach() for x in (q, k, v))
     with pytest.raises(NotImplementedError, match="value must have no tangent: there is no forward-mode"):
         torch.func.jvp(lambda v: ct.attention(q, k, v, Fixed(4)), (v,), (v,))
+    with pytest.raises(RuntimeError, match="setup_context"):  # PyTorch's own words
+        torch.func.grad(lambda v: ct.attention(q, k, v, Fixed(4)).sum())(v)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="query must have no tangent"):
         ct.attention(torch.autograd.forward_ad.make_dual(q, q), k, v, Fixed(4))
 
