@@ -51,8 +51,8 @@ PATTERNS = [
 ]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{type(p).__name__}-{str(p)[:30]}")
 compiled = {"fullgraph": True, "backend": "aot_eager"}
-# torch.compile asks it of what comes in after a break of its graph.
-after_a_break = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+# torch.compile and opcheck ask it of what they are given.
+quiet = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 @pytest.fixture(autouse=True)
@@ -308,6 +308,7 @@ def operands(pattern, **options):
     return *given, options.get("dropout_p", 0.0), seed
 
 
+@quiet
 @pytest.mark.parametrize("dropout_p", (0.0, 0.3))
 @pytest.mark.parametrize("pattern", (Fixed(8), PATTERNS[-1], PATTERNS[7], PATTERNS[8]), ids=lambda p: type(p).__name__)
 def test_opcheck(pattern, dropout_p):
@@ -509,7 +510,7 @@ def test_gradcheck_of_the_stages():
     torch.autograd.gradcheck(lambda *x: ct.attend(*x, Fixed(4), is_causal=True), (q, k, v, rk, h))
 
 
-@after_a_break
+@quiet
 def test_stages_in_compiled_code():
     inputs = tensors((2, L, 4), (2, L, 4), (2, L, 4))
 
@@ -747,7 +748,7 @@ def build(kind):
     return module(Fixed(8), abstraction="deepsets" if kind == "deepsets" else None, dropout=0.1, **options)
 
 
-@after_a_break
+@quiet
 @pytest.mark.parametrize("kind", ("pooled", "deepsets", "routing"))
 def test_module_life(kind):
     """state_dict, copies, compiled and exported code."""
