@@ -70,7 +70,7 @@ _regions_of_plan: weakref.WeakKeyDictionary[Plan, Regions] = weakref.WeakKeyDict
 
 @torch.compiler.disable
 def _regions(pattern: Any, length: int, is_causal: bool) -> Regions:
-    plan = pattern if isinstance(pattern, Plan) else pattern.plan(length, is_causal)
+    plan = pattern if isinstance(pattern, Plan | tuple) else pattern.plan(length, is_causal)
     if not isinstance(plan, Plan):
         raise ValueError(f"pattern must make one plan for all heads where the abstraction is learned, got {pattern!r}")
     if plan not in _regions_of_plan:
@@ -186,6 +186,10 @@ class CombinerAttention(nn.Module):
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         if groups < 1 or num_heads % groups:
             raise ValueError(f"num_heads must be a multiple of num_key_value_heads, got {num_heads} and {groups}")
+        makes_plans = isinstance(pattern, Plan | tuple | nn.Module) or callable(getattr(pattern, "plan", None))
+        if isinstance(pattern, type) or not makes_plans:
+            kind = pattern.__name__ if isinstance(pattern, type) else type(pattern).__name__
+            raise TypeError(f"pattern must be a pattern such as combiner.Fixed(), a Plan or a module, got {kind}")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
         self.embed_dim, self.num_heads, self.num_key_value_heads = embed_dim, num_heads, groups
@@ -200,6 +204,10 @@ class CombinerAttention(nn.Module):
             abstraction = DeepSets(self.head_dim, **options)
         if not (abstraction is None or isinstance(abstraction, nn.Module)):
             raise ValueError(f"abstraction must be None, 'deepsets' or a module, got {abstraction!r}")
+        if abstraction is not None and isinstance(pattern, nn.Module):
+            raise ValueError(
+                "abstraction must be None where pattern is a module, whose regions change from call to call"
+            )
         self.abstraction = abstraction
         self.reset_parameters()
 
