@@ -462,6 +462,21 @@ def test_vmap_of_clusters_and_sequences():
     assert torch.equal(torch.vmap(f)(q, k, v, clusters, cu_seqlens), expected)
 
 
+@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+def test_gradients_through_vmap(dropout_p):
+    q, k, v = tensors((3, 2, L, 4), (2, L, 4), (3, 2, L, 4))
+
+    def f(q, k, v):
+        return ct.attention(q, k, v, Fixed(8), dropout_p=dropout_p, seed=3)
+
+    out = torch.vmap(f, in_dims=(0, None, 0))(q, k, v)
+    expected = torch.stack([f(q[n], k, v[n]) for n in range(3)])
+    assert torch.equal(out, expected)
+    g = torch.randn_like(out)
+    actual, expected = (torch.autograd.grad(x, (q, k, v), g) for x in (out, expected))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("lead", ((), (2,), (2, 2)))
 def test_vmap_of_the_backward_operator(lead):
     given = operands(Fixed(8))
