@@ -690,6 +690,12 @@ def test_deep_sets(pattern):
     torch.testing.assert_close(without, attention(x, key_padding_mask=torch.zeros_like(ignored))[0])
 
 
+@pytest.mark.parametrize("pooling", ("max", "mean", "sum"))
+def test_a_pooling_for_an_abstraction(pooling):
+    attention = module(Fixed(8), abstraction=pooling)
+    assert attention.abstraction is None and attention.pattern == Fixed(8, pooling=pooling)
+
+
 def test_a_module_of_ones_own_for_an_abstraction():
     class Maximum(torch.nn.Module):
         """What pooling="max" does."""
@@ -836,7 +842,10 @@ def test_module_arguments():
         lambda: module(Fixed(8), num_key_value_heads=3),
     )
     refuses(ValueError, "dropout must be between 0 and 1, got 2", lambda: module(Fixed(8), dropout=2))
-    refuses(ValueError, "abstraction must be None, 'deepsets' or a module", lambda: module(Fixed(8), abstraction="max"))
+    refuses(ValueError, "abstraction must be one of 'max', 'mean'", lambda: module(Fixed(8), abstraction="median"))
+    refuses(ValueError, "abstraction must be None, a pooling", lambda: module(Fixed(8), abstraction=3))
+    mixture = Mixture(Fixed(8))
+    refuses(ValueError, "abstraction must be None where the pattern has", lambda: module(mixture, abstraction="max"))
     refuses(TypeError, r"pattern must be a pattern such as .* got str", lambda: module("fixed"))
     refuses(TypeError, r"pattern must be a pattern such as .* got Fixed", lambda: module(Fixed))
     routing = ct.OnlineRouting(5, 4, 6)
