@@ -84,12 +84,17 @@ def forward(
     function: str | None = None,
 ) -> tuple[tuple[Any, ...], Saved]:
     """The core's results; and what `backward` needs if `function`, whose name it is to know them by, is given."""
+    return _run(stages, single(inputs), region_value, out, function)
+
+
+def single(inputs: Inputs) -> Inputs:
+    """The inputs of one core call: packed sequences with their plans; a `Mixture` is refused."""
     if isinstance(inputs.pattern, Mixture):
         raise ValueError("pattern must have one normaliser, got a Mixture, whose components have one each")
-    if inputs.cu_seqlens is not None:
-        segments = inputs.segments()
-        inputs = inputs._replace(pattern=segment_plans(inputs.pattern, segments, inputs.is_causal), cu_seqlens=segments)
-    return _run(stages, inputs, region_value, out, function)
+    if inputs.cu_seqlens is None:
+        return inputs
+    segments = inputs.segments()
+    return inputs._replace(pattern=segment_plans(inputs.pattern, segments, inputs.is_causal), cu_seqlens=segments)
 
 
 def _run(
@@ -118,16 +123,16 @@ def backward(stages: int, function: str, saved: Saved, *gradients: Array | None)
 
 def mean_forward(inputs: Inputs, *, out: Array | None = None, function: str | None = None) -> tuple[Array, Saved]:
     """The mean of the components' outputs; and what `mean_backward` needs if `function` is given."""
-    components, region_count = _components(inputs)
+    each, region_count = components(inputs)
     saved: Saved = {"function": function, "components": [], "region_count": region_count}
     total: Any = None
-    for n, (component, regions) in enumerate(components):
-        is_last = n + 1 == len(components)  # whose `out` is the caller's: it is written when all else is done
+    for n, (component, regions) in enumerate(each):
+        is_last = n + 1 == len(each)  # whose `out` is the caller's: it is written when all else is done
         (own, *_), own_saved = _run(BOTH, component, None, out if is_last else None, function)
         if function is not None:
             saved["components"].append(({**own_saved, "out": own.copy()}, regions))
         total = own if total is None else np.add(total, own, out=own)
-    return np.divide(total, len(components), out=total), saved
+    return np.divide(total, len(each), out=total), saved
 
 
 def mean_backward(function: str, saved: Saved, grad_out: Array) -> list[Array | None]:
@@ -146,7 +151,7 @@ def mean_backward(function: str, saved: Saved, grad_out: Array) -> list[Array | 
 Regions: TypeAlias = slice | npt.NDArray[np.int64]  # one component's part of the region axis
 
 
-def _components(inputs: Inputs) -> tuple[list[tuple[Inputs, Regions]], int]:
+def components(inputs: Inputs) -> tuple[list[tuple[Inputs, Regions]], int]:
     """Each component's call and regions; and R. Regions lie sequence by sequence, in each component by component; so
     do the rows that dropout numbers."""
     segments = inputs.segments()
@@ -159,7 +164,7 @@ def _components(inputs: Inputs) -> tuple[list[tuple[Inputs, Regions]], int]:
     counts = np.array([_count_regions(each, len(lengths)) for each in plans], np.int64)
     owner = np.repeat(np.tile(np.arange(len(plans)), len(lengths)), counts.T.ravel())  # each region's component
     rows = np.cumsum(lengths + counts, axis=0) - (lengths + counts)
-    components = []
+    calls = []
     for n, plan in enumerate(plans):
         regions = np.flatnonzero(owner == n) if packed else slice(*np.searchsorted(owner, (n, n + 1)))
         component = inputs._replace(
@@ -169,8 +174,8 @@ def _components(inputs: Inputs) -> tuple[list[tuple[Inputs, Regions]], int]:
             region_key=_take(inputs.region_key, "region_key", regions, len(owner)),
             dropout=inputs.dropout and (*inputs.dropout[:2], rows[n]),
         )
-        components.append((component, regions))
-    return components, len(owner)
+        calls.append((component, regions))
+    return calls, len(owner)
 
 
 def _count_regions(plans: Plans, segments: int) -> npt.NDArray[np.int64]:
