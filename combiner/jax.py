@@ -12,8 +12,10 @@ query and key, Dv of value, R regions of the plan. What every function here has 
 - XLA calls the C library on its own buffers, without a copy, and lends it the threads of its pool, at most
   ``combiner.get_num_threads()``. Where jaxlib takes no such custom call, or the environment has COMBINER_JAX=callback,
   jax.pure_callback does the same, slower.
-- jax.vmap's axes are batch entries. jax.shard_map divides a call between devices, over batch and heads.
-- TypeError, ValueError: as in `combiner`, when a function is traced. Memory that runs out later is a JaxRuntimeError.
+- Under jax.vmap each entry is computed as if alone, dropout included, in one call where its batch can hold them all.
+  jax.shard_map divides a call between devices, over batch and heads.
+- TypeError, ValueError: as in `combiner`, when a function is traced. Memory that runs out later is an error of XLA's,
+  a JaxRuntimeError or ValueError that begins with RESOURCE_EXHAUSTED.
 - A plan that was traced is kept for the rest of the process, as a compiled function may always run again: one for each
   pattern, length and direction. It is known by its contents: what jax.export or a cache on disk has brought from
   another process runs once the same attention has been traced in this one, and is an error before.
@@ -34,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _core, calls
 from .calls import ATTEND, BOTH, SUMMARIZE, Inputs
@@ -278,7 +281,7 @@ def attention_fn(pattern: AnyPattern, *, is_causal: bool = False) -> Callable[..
         dropout_rng: Array | None = None,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
-        dtype: npt.DTypeLike | None = None,
+        dtype: Any = None,
         precision: Any = None,
         module: None = None,
         is_causal: bool = False,
@@ -291,17 +294,19 @@ def attention_fn(pattern: AnyPattern, *, is_causal: bool = False) -> Callable[..
             "qk_attn_weights_einsum": (qk_attn_weights_einsum, "there is no such product"),
             "attn_weights_value_einsum": (attn_weights_value_einsum, "there is no such product"),
         }
-        for name, (given, reason) in refused.items():
-            if given is not None:
+        for name, (argument, reason) in refused.items():
+            if argument is not None:
                 raise ValueError(f"{name} must be None: {reason}")
         dropout_p = 0.0 if deterministic else dropout_rate
         if dropout_p and dropout_rng is None:
             raise ValueError("dropout_rng must be given where there is dropout, got None")
         if dropout_p and broadcast_dropout:
             raise ValueError("broadcast_dropout must be False where there is dropout, got True")
-        arrays = {"query": query, "key": key, "value": value}
-        arrays = {name: _as_array(name, x).astype(dtype or x.dtype) for name, x in arrays.items()}
-        arrays["key_mask"] = None if mask is None else _key_mask(mask, arrays["query"].shape)
+        arrays = {name: _as_array(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
+        if dtype is not None:
+            arrays = {name: x.astype(dtype) for name, x in arrays.items()}
+        if mask is not None:
+            arrays["key_mask"] = _key_mask(mask, query.shape)
         causal = always_causal or is_causal
         fixed = _Fixed(BOTH, ("out",), pattern, causal, None, None, dropout_p, heads_last=True)
         return _evaluate(fixed, arrays, dropout_rng)["out"]
@@ -358,7 +363,7 @@ def _evaluate(fixed: _Fixed, arrays: dict[str, Any], seed: Seed = None) -> Array
     """The wanted results: of the one call, or the mean of a mixture's. Arrays may be None."""
     given = {name: _as_array(name, x) for name, x in arrays.items() if x is not None}
     parts = _components(fixed, given)
-    if fixed.dropout_p:
+    if parts[0][0].dropout_p:
         if seed is None:
             raise ValueError("seed must be given where dropout_p > 0, got None: jax.jit would keep one that is drawn")
         given["seed"] = _seed_words(seed)
@@ -366,16 +371,15 @@ def _evaluate(fixed: _Fixed, arrays: dict[str, Any], seed: Seed = None) -> Array
     if without_heads:
         given = {name: x if name in ("key_mask", "seed") else x[None] for name, x in given.items()}
     given = _vary_alike(given)
-    done = []
-    for call, regions in parts:
-        own = {
-            name: x[..., regions, :] if name.startswith("region") and len(parts) > 1 else x for name, x in given.items()
-        }
-        done.append(_run(call, own))
-    mean = {
-        name: sum(each[name] for each in done) / len(done) if len(done) > 1 else done[0][name] for name in fixed.wanted
-    }
+    done = [_run(call, _take_regions(given, regions)) for call, regions in parts]
+    mean = done[0]
+    if len(done) > 1:
+        mean = {name: functools.reduce(jnp.add, (each[name] for each in done)) / len(done) for name in mean}
     return {name: x[0] for name, x in mean.items()} if without_heads else mean
+
+
+def _take_regions(given: Arrays, regions: calls.Regions) -> Arrays:
+    return {name: x[..., regions, :] if name.startswith("region") else x for name, x in given.items()}
 
 
 def _components(fixed: _Fixed, given: Arrays) -> list[tuple[_Call, calls.Regions]]:
@@ -442,18 +446,17 @@ def _seed_words(seed: Seed) -> jax.Array:
     return jnp.stack([seed.astype(jnp.uint32), high.astype(jnp.uint32)])
 
 
-def _manual_axes(x: jax.Array) -> dict[str, Any]:
-    """Within jax.shard_map: over which mesh axes x varies, as jax.ShapeDtypeStruct takes it; JAX 0.10 began to tell."""
-    axes = getattr(jax.typeof(x), "manual_axis_type", None)
-    return {} if axes is None else {"manual_axis_type": axes}
+def _varying(x: jax.Array) -> frozenset[Any]:
+    """Within jax.shard_map: the mesh axes over which x varies, where JAX tells them (check_vma)."""
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)  # from JAX 0.10 on
+    return frozenset() if kind is None else kind.varying
 
 
 def _vary_alike(given: Arrays) -> Arrays:
     """All arrays as varying over the mesh axes over which any of them does, as JAX wants a call's operands."""
-    varying = {name: frozenset(axes.varying) for name, x in given.items() for axes in _manual_axes(x).values()}
-    every = frozenset[Any]().union(*varying.values())
-    missing = {name: tuple(every - axes) for name, axes in varying.items() if every - axes}
-    return {name: jax.lax.pcast(x, missing[name], to="varying") if name in missing else x for name, x in given.items()}
+    every = frozenset[Any]().union(*map(_varying, given.values()))
+    missing = {name: tuple(every - _varying(x)) for name, x in given.items()}
+    return {name: jax.lax.pcast(x, missing[name], to="varying") if missing[name] else x for name, x in given.items()}
 
 
 _plans: dict[int, Plan] = {}  # all that were traced, by digest
@@ -487,17 +490,17 @@ def _digest(plan: Plan) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(call: _Call, arrays: Arrays) -> Arrays:
-    done = _forward(call, arrays, for_backward=False)
+    done = _forward(call, False, arrays)
     return {name: done[name] for name in call.wanted}
 
 
 def _run_forward(call: _Call, arrays: Arrays) -> tuple[Arrays, Arrays]:
-    done = _forward(call, arrays, for_backward=True)
+    done = _forward(call, True, arrays)
     return {name: done[name] for name in call.wanted}, {**arrays, **done}
 
 
 def _run_backward(call: _Call, saved: Arrays, gradients: Arrays) -> tuple[dict[str, jax.Array | None]]:
-    inputs = [name for name in saved if name not in _results(call, saved, True)]
+    inputs = [name for name in saved if name not in _results(call, True, saved)]
     gradients = {f"grad_{name}": x for name, x in gradients.items() if name != "summary_lse"}
     done = _backward(call, {**saved, **gradients})
     return ({name: done.get(f"grad_{name}") for name in inputs},)
@@ -506,7 +509,7 @@ def _run_backward(call: _Call, saved: Arrays, gradients: Arrays) -> tuple[dict[s
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _results(call: _Call, arrays: Arrays, for_backward: bool) -> dict[str, jax.ShapeDtypeStruct]:
+def _results(call: _Call, for_backward: bool, arrays: Arrays) -> dict[str, jax.ShapeDtypeStruct]:
     """What a forward call writes."""
     query, value = arrays["query"], arrays["value"]
     (*lead, Hq, L), Dv, R = _by_heads(call, query)[:-1], value.shape[-1], call.regions
@@ -533,11 +536,16 @@ def _by_heads(call: _Call, x: jax.Array) -> tuple[int, ...]:
 
 def _like(x: jax.Array, shape: tuple[int, ...], is_lse: bool) -> jax.ShapeDtypeStruct:
     dtype = jnp.promote_types(x.dtype, jnp.float32) if is_lse else x.dtype
-    return jax.ShapeDtypeStruct(shape, dtype, **_manual_axes(x))  # type: ignore[no-untyped-call]
+    if not _varying(x):
+        return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+    kind = jax.typeof(x)
+    sharding = NamedSharding(kind.sharding.mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=kind.manual_axis_type)  # type: ignore[no-untyped-call]
 
 
-def _forward(call: _Call, arrays: Arrays, for_backward: bool) -> Arrays:
-    return _invoke("combiner_forward", call, arrays, _results(call, arrays, for_backward))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _forward(call: _Call, for_backward: bool, arrays: Arrays) -> Arrays:
+    return _invoke("combiner_forward", call, arrays, _results(call, for_backward, arrays))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -548,9 +556,10 @@ def _backward(call: _Call, arrays: Arrays) -> Arrays:
     return _invoke("combiner_backward", call, arrays, results)
 
 
+@_forward.defjvp
 @_backward.defjvp
-def _refuse_second_derivative(call: _Call, arrays: Any, tangents: Any) -> Any:
-    raise NotImplementedError("combiner.jax has first derivatives only")
+def _refuse(*_: Any) -> Any:
+    raise NotImplementedError("combiner.jax has first derivatives only, in reverse mode")
 
 
 # ---- calls -------------------------------------------------------------------------------------------
@@ -641,6 +650,6 @@ def _on_host(
         done = dict(zip(("out", "lse", "summary_key", "summary_value", "summary_lse"), results, strict=True))
     else:
         rest = (at.get(name) for name in _ARRAYS[_ARRAYS.index("summary_key") : _ARRAYS.index("grad_query")])
-        gradients = _core.backward(*problem, call.scale, *masks, *regions, dropout, *rest)
+        gradients = _core.backward(*problem, call.scale, *masks, *regions, dropout, *rest)  # type: ignore[arg-type]
         done = dict(zip((f"grad_{name}" for name in _GRADIENTS), gradients, strict=True))
     return [by_heads(name, done[name]) for name in wanted]
