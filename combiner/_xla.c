@@ -309,13 +309,16 @@ static XLA_FFI_Error *fail(const XLA_FFI_CallFrame *frame, XLA_FFI_Error_Code co
     return frame->api->XLA_FFI_Error_Create(&args);
 }
 
-/* XLA asks a new handler which version of the interface it was compiled for. */
+/* XLA asks a new handler which version of the interface it was compiled for. What this file uses is the same from 0.1,
+ * JAX 0.5's, up to the header's: of these the newest that XLA knows, which it is the last to give up. */
 static bool answer_metadata(XLA_FFI_CallFrame *frame) {
     for (XLA_FFI_Extension_Base *it = frame->extension_start; it; it = it->next)
         if (it->type == XLA_FFI_Extension_Metadata) {
             XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)it)->metadata;
+            const int newest = frame->api ? frame->api->api_version.minor_version : 1;
+            const int minor = newest < XLA_FFI_API_MINOR ? newest : XLA_FFI_API_MINOR;
             metadata->api_version =
-                (XLA_FFI_Api_Version){XLA_FFI_Api_Version_STRUCT_SIZE, NULL, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+                (XLA_FFI_Api_Version){XLA_FFI_Api_Version_STRUCT_SIZE, NULL, XLA_FFI_API_MAJOR, minor};
             metadata->traits = 0;
             return true;
         }

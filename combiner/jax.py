@@ -574,20 +574,22 @@ _OF_POSITIONS = "query", "key", "value", "out"
 _GRADIENTS = "query", "key", "value", "region_query", "region_key", "summary_key", "summary_value"
 
 
-def _register() -> bool:
-    """Whether XLA takes the library's custom calls."""
+@functools.cache
+def _takes_custom_calls() -> bool:
+    """Whether XLA takes the library's custom calls. Asked once its CPU backend is there: it refuses at once then, and
+    would fail to start otherwise."""
     wanted = os.environ.get("COMBINER_JAX", "")
     if wanted not in ("", "callback"):
         raise ValueError(f"COMBINER_JAX must be 'callback' or not set, got {wanted!r}")
     if wanted:
         return False
+    jax.devices("cpu")
     try:
         for name, capsule in _core.xla_targets().items():
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
-    except Exception as error:
+    except RuntimeError as error:
         warnings.warn(
-            f"JAX {jax.__version__} takes no custom calls of combiner, so that jax.pure_callback"
-            f" makes its calls, slower: {error}",
+            f"JAX {jax.__version__} takes no custom calls of combiner; jax.pure_callback stands in, slower: {error}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -595,13 +597,10 @@ def _register() -> bool:
     return True
 
 
-_TAKES_CUSTOM_CALLS = _register()
-
-
 def _invoke(target: str, call: _Call, arrays: Arrays, results: dict[str, jax.ShapeDtypeStruct]) -> Arrays:
     """One call of the library as XLA will make it."""
     shapes = list(results.values())
-    if not _TAKES_CUSTOM_CALLS:
+    if not _takes_custom_calls():
         on_host = functools.partial(_on_host, target, call, tuple(arrays), tuple(results))
         done = jax.pure_callback(on_host, shapes, *arrays.values(), vmap_method="sequential")
     else:

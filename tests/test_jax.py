@@ -44,8 +44,8 @@ every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.fixture(params=["custom call", "callback"])
 def both_ways(request, monkeypatch):
     """Through XLA's custom calls, and through jax.pure_callback."""
-    assert cj._TAKES_CUSTOM_CALLS
-    monkeypatch.setattr(cj, "_TAKES_CUSTOM_CALLS", request.param == "custom call")
+    assert cj._takes_custom_calls()
+    monkeypatch.setattr(cj, "_takes_custom_calls", lambda: request.param == "custom call")
 
 
 @pytest.fixture
@@ -546,7 +546,7 @@ def test_xla_lends_its_threads():
 
 
 def test_callback_by_environment():
-    code = "import combiner.jax as cj; print(cj._TAKES_CUSTOM_CALLS)"
+    code = "import combiner.jax as cj; print(cj._takes_custom_calls())"
     assert run_python(code, COMBINER_JAX="callback").stdout == "False\n"
     assert "COMBINER_JAX must be 'callback' or not set, got 'no'" in run_python(code, COMBINER_JAX="no").stderr
 
@@ -557,7 +557,7 @@ def test_refused_custom_calls_fall_back_with_one_warning(monkeypatch):
 
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
     with pytest.warns(RuntimeWarning, match="takes no custom calls of combiner.*of another version") as warned:
-        assert not cj._register()
+        assert not cj._takes_custom_calls.__wrapped__()
     assert len(warned) == 1
 
 
