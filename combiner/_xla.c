@@ -182,7 +182,23 @@ typedef struct {
 } layout;
 
 static int64_t itemsize_of(XLA_FFI_DataType type) {
-    return type == XLA_FFI_DataType_F64 ? 8 : type == XLA_FFI_DataType_F32 ? 4 : 1;
+    return type == XLA_FFI_DataType_F64 ? 8 : type == XLA_FFI_DataType_F32 ? 4 : 2;
+}
+
+/* The library refuses -1. */
+static cmb_dtype dtype_of(XLA_FFI_DataType type) {
+    switch (type) {
+    case XLA_FFI_DataType_F32:
+        return CMB_FLOAT32;
+    case XLA_FFI_DataType_F64:
+        return CMB_FLOAT64;
+    case XLA_FFI_DataType_BF16:
+        return CMB_BFLOAT16;
+    case XLA_FFI_DataType_F16:
+        return CMB_FLOAT16;
+    default:
+        return (cmb_dtype)-1;
+    }
 }
 
 static layout layout_of(const call *c, int n) {
@@ -213,6 +229,8 @@ static cmb_array view(const call *c, int n, int64_t first) {
 
 /* The sizes of all arrays, which the library takes on trust. */
 static bool check_sizes(call *c, const cmb_problem *p, int64_t entries, int64_t R) {
+    const XLA_FFI_DataType type = c->array[QUERY]->dtype;
+    const XLA_FFI_DataType lse_type = type == XLA_FFI_DataType_F64 ? type : XLA_FFI_DataType_F32;
     if (entries > 0 && (c->batch < 1 || entries % c->batch))
         c->wrong = "batch";
     for (int n = 0; n < ARRAYS && !c->wrong; n++) {
@@ -227,7 +245,7 @@ static bool check_sizes(call *c, const cmb_problem *p, int64_t entries, int64_t 
             n == VALUE || n == SUMMARY_VALUE || n == OUT || n == GRAD_OUT || n == GRAD_SUMMARY_VALUE || n == GRAD_VALUE;
         if (it.entries != entries || it.rows != (kind[n].has & POSITIONS ? p->L : R) ||
             (kind[n].has & FEATURES && it.features != (is_value ? p->Dv : p->D)) ||
-            c->array[n]->dtype != c->array[QUERY]->dtype)
+            c->array[n]->dtype != (kind[n].has & FEATURES ? type : lse_type))
             c->wrong = kind[n].name;
     }
     return !c->wrong;
@@ -359,7 +377,7 @@ static XLA_FFI_Error *handle(XLA_FFI_CallFrame *frame, bool backward) {
     }
     const layout query = layout_of(&c, QUERY), key = layout_of(&c, KEY), value = layout_of(&c, VALUE);
     cmb_problem p = {
-        .dtype = c.array[QUERY]->dtype == XLA_FFI_DataType_F64 ? CMB_FLOAT64 : CMB_FLOAT32,
+        .dtype = dtype_of(c.array[QUERY]->dtype),
         .stages = (cmb_stages)c.stages,
         .Hq = query.heads,
         .Hk = key.heads,

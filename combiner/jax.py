@@ -227,25 +227,27 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[jax.A
     Parameters
     ----------
     out_a, out_b : `[..., Dv]`, the same shape and dtype.
-    lse_a, lse_b : `[...]`, the same shape without the last axis, one dtype; -inf where nothing was attended.
+    lse_a, lse_b : `[...]`, the same shape without the last axis, float64 for float64, else float32; -inf where nothing
+        was attended.
     """
     given = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
     given = {name: _as_array(name, x) for name, x in given.items()}
+    out_a, lse_a, out_b, lse_b = given.values()
+    wide = jnp.promote_types(out_a.dtype, jnp.float32)
     for name, x in given.items():
-        like = name[:-1] + "a"
-        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != given[like].dtype:
-            raise TypeError(f"{name} must be of floating point and of one dtype with {like}, got {x.dtype}")
+        dtype = out_a.dtype if name.startswith("out") else wide
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} like out_a, got {x.dtype}")
         shape = out_a.shape if name.startswith("out") else out_a.shape[:-1]
         if x.shape != shape or not out_a.ndim:
             raise ValueError(f"{name} must have shape {shape if out_a.ndim else '(..., Dv)'}, got {x.shape}")
-    out_a, lse_a, out_b, lse_b = given.values()
     highest = jax.lax.stop_gradient(jnp.maximum(lse_a, lse_b))
     highest = jnp.where(highest == -jnp.inf, 0, highest)  # where neither side attends to anything
     share_a, share_b = jnp.exp(lse_a - highest), jnp.exp(lse_b - highest)
     total = share_a + share_b
     some = jnp.where(total == 0, 1, total)
-    weight_a, weight_b = ((share / some).astype(out_a.dtype)[..., None] for share in (share_a, share_b))
-    return weight_a * out_a + weight_b * out_b, jnp.where(total == 0, -jnp.inf, highest + jnp.log(some))
+    out = (share_a / some)[..., None] * out_a.astype(wide) + (share_b / some)[..., None] * out_b.astype(wide)
+    return out.astype(out_a.dtype), jnp.where(total == 0, -jnp.inf, highest + jnp.log(some))
 
 
 def attention_fn(pattern: AnyPattern, *, is_causal: bool = False) -> Callable[..., jax.Array]:
@@ -372,10 +374,17 @@ def _evaluate(fixed: _Fixed, arrays: dict[str, Any], seed: Seed = None) -> Array
         given = {name: x if name in ("key_mask", "seed") else x[None] for name, x in given.items()}
     given = _vary_alike(given)
     done = [_run(call, _take_regions(given, regions)) for call, regions in parts]
-    mean = done[0]
-    if len(done) > 1:
-        mean = {name: functools.reduce(jnp.add, (each[name] for each in done)) / len(done) for name in mean}
+    mean = {name: _mean([each[name] for each in done]) for name in done[0]}
     return {name: x[0] for name, x in mean.items()} if without_heads else mean
+
+
+def _mean(each: list[jax.Array]) -> jax.Array:
+    """Of 16-bit numbers summed in float32."""
+    if len(each) == 1:
+        return each[0]
+    wide = jnp.promote_types(each[0].dtype, jnp.float32)
+    total = functools.reduce(jnp.add, (x.astype(wide) for x in each))
+    return (total / len(each)).astype(each[0].dtype)
 
 
 def _take_regions(given: Arrays, regions: calls.Regions) -> Arrays:
