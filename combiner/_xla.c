@@ -358,7 +358,7 @@ static bool start_task(void *context, void (*task)(void *argument), void *argume
     return succeeded(frame, frame->api->XLA_FFI_ThreadPool_Schedule(&args));
 }
 
-/* Threads of XLA's pool, of which this is one or waits for one; 1 where there is no pool. */
+/* Threads of XLA's pool, the calling one for one of them; 1 where there is no pool. */
 static int count_threads(const XLA_FFI_CallFrame *frame) {
     int64_t count = 1;
     XLA_FFI_ThreadPool_NumThreads_Args args = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, NULL, frame->ctx,

@@ -211,11 +211,8 @@ def attend(
     out, or (out, lse), as `attention`.
     """
     arrays = {"query": query, "key": key, "value": value, "key_mask": key_mask}
-    for name, summary, x in (
-        ("region_key", "summary_key", region_key),
-        ("region_value", "summary_value", region_value),
-    ):
-        arrays[summary] = _as_array(name, x)
+    arrays["summary_key"] = _as_array("region_key", region_key)
+    arrays["summary_value"] = _as_array("region_value", region_value)
     wanted = ("out", "lse") if return_lse else ("out",)
     done = _evaluate(_Fixed(ATTEND, wanted, pattern, is_causal, scale, cu_seqlens, dropout_p), arrays, seed)
     return (done["out"], done["lse"]) if return_lse else done["out"]
@@ -236,7 +233,9 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[jax.A
     wide = jnp.promote_types(out_a.dtype, jnp.float32)
     for name, x in given.items():
         dtype = out_a.dtype if name.startswith("out") else wide
-        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != dtype:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be of floating point, got {x.dtype}")
+        if x.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} like out_a, got {x.dtype}")
         shape = out_a.shape if name.startswith("out") else out_a.shape[:-1]
         if x.shape != shape or not out_a.ndim:
@@ -305,6 +304,8 @@ def attention_fn(pattern: AnyPattern, *, is_causal: bool = False) -> Callable[..
         if dropout_p and broadcast_dropout:
             raise ValueError("broadcast_dropout must be False where there is dropout, got True")
         arrays = {name: _as_array(name, x) for name, x in (("query", query), ("key", key), ("value", value))}
+        if query.ndim < 3:
+            raise ValueError(f"query must have shape (batch..., L, heads, D), got {query.shape}")
         if dtype is not None:
             arrays = {name: x.astype(dtype) for name, x in arrays.items()}
         if mask is not None:
@@ -321,8 +322,8 @@ def _key_mask(mask: Array, shape: tuple[int, ...]) -> jax.Array:
     mask = _as_array("mask", mask)
     if mask.dtype != bool:
         raise TypeError(f"mask must be bool, True for keys that take part, got {mask.dtype}")
-    (*batch, L), axes = shape[:-2], len(shape)
-    if mask.ndim != axes or mask.shape[-3:] != (1, 1, L):
+    *batch, L = shape[:-2]
+    if mask.ndim != len(shape) or mask.shape[-3:] != (1, 1, L):
         raise ValueError(
             f"mask must be of keys alone, {(*batch, 1, 1, L)}, got {mask.shape}: a factorization has no L x L mask"
         )
@@ -475,15 +476,8 @@ _plans: dict[int, Plan] = {}  # all that were traced, by digest
 def _digest(plan: Plan) -> int:
     """A number that follows from the plan's contents, under which it is kept from now on."""
     arrays = plan.arrays
-    flags = (
-        plan.length,
-        plan.region_count,
-        plan.scratch_count,
-        plan.is_causal,
-        plan.size_bias,
-        plan.weighted,
-        plan.pooling,
-    )
+    names = "length", "region_count", "scratch_count", "is_causal", "size_bias", "weighted", "pooling"
+    flags = [getattr(plan, name) for name in names]
     digest = hashlib.blake2b(repr((flags, [x.shape for x in arrays.values()])).encode(), digest_size=8)
     for x in arrays.values():
         digest.update(x.tobytes())
@@ -592,8 +586,8 @@ def _takes_custom_calls() -> bool:
         raise ValueError(f"COMBINER_JAX must be 'callback' or not set, got {wanted!r}")
     if wanted:
         return False
-    jax.devices("cpu")
     try:
+        jax.devices("cpu")
         for name, capsule in _core.xla_targets().items():
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     except RuntimeError as error:

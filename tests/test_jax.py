@@ -178,12 +178,14 @@ def test_stages_together_are_attention(rng):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_merge_is_combiners_and_finite(rng):
+@pytest.mark.parametrize("dtype", (np.float32, jnp.bfloat16))
+def test_merge_is_combiners_and_finite(rng, dtype):
     parts = [rng.standard_normal(shape).astype(np.float32) for shape in ((6, DV), (6,), (6, DV), (6,))]
+    parts[::2] = (x.astype(dtype) for x in parts[::2])
     parts[1][:3] = -np.inf, -np.inf, 200
     parts[3][1:4] = -np.inf, -200, 300
     for x, expected in zip(jax.jit(cj.merge)(*parts), combiner.merge(*parts), strict=True):
-        np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-6)
+        assert_same(x, expected, exact=False)
     gradients = jax.grad(lambda parts: jnp.sum(cj.merge(*parts)[0]) + jnp.sum(cj.merge(*parts)[1][2:]))(parts)
     assert all(np.isfinite(x).all() for x in gradients)
 
@@ -475,8 +477,10 @@ def test_other_functions_name_their_arguments(rng):
         cj.summarize(q, k, v, Mixture(Fixed()))
     with pytest.raises(ValueError, match="lse_b must have shape"):
         cj.merge(q, q[..., 0], q, q[..., :1, 0])
-    with pytest.raises(TypeError, match="out_b must be float32 like out_a, got int32"):
+    with pytest.raises(TypeError, match="out_b must be of floating point, got int32"):
         cj.merge(q, q[..., 0], q.astype(np.int32), q[..., 0])
+    with pytest.raises(TypeError, match="lse_b must be float32 like out_a, got float16"):
+        cj.merge(q, q[..., 0], q, q[..., 0].astype(np.float16))
 
 
 def test_unknown_plan_is_an_error(rng, monkeypatch):
@@ -484,6 +488,15 @@ def test_unknown_plan_is_an_error(rng, monkeypatch):
     monkeypatch.setattr(cj, "_digest", lambda plan: 12345)
     with pytest.raises(jax.errors.JaxRuntimeError, match="does not know the plan"):
         cj.attention(*arrays(rng)[:3], Fixed())
+
+
+def test_foreign_custom_call_is_an_error():
+    assert cj._takes_custom_calls()
+    x = jnp.zeros((1, 1, 4, 2))
+    call = jax.ffi.ffi_call("combiner_forward", jax.ShapeDtypeStruct(x.shape, x.dtype))
+    for attributes in ({}, {"arrays": np.array([0, 99])}, {"arrays": np.array([0, 10]), "scale": np.float64(1)}):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"cannot read [a-z ,_]+ of the custom call"):
+            call(x, **attributes)
 
 
 def test_another_plan_is_an_error(rng, monkeypatch):
@@ -652,6 +665,8 @@ def test_attention_fn_refuses_what_it_cannot_do(rng):
             call(**{name: x})
     with pytest.raises(ValueError, match="dropout_rng must be given"):
         call(dropout_rate=0.5)
+    with pytest.raises(ValueError, match=re.escape("query must have shape (batch..., L, heads, D), got (4, 4)")):
+        cj.attention_fn(Fixed(4))(x[0, 0], x[0, 0], x[0, 0])
     np.testing.assert_array_equal(call(is_causal=True), cj.attention_fn(Fixed(4), is_causal=True)(x, x, x))
     assert call(dtype=jnp.float32).dtype == jnp.float32
 
