@@ -604,8 +604,9 @@ def _invoke(target: str, call: _Call, arrays: Arrays, results: dict[str, jax.Sha
     """One call of the library as XLA will make it."""
     shapes = list(results.values())
     if not _takes_custom_calls():
-        on_host = functools.partial(_on_host, target, call, tuple(arrays), tuple(results))
-        done = jax.pure_callback(on_host, shapes, *arrays.values(), vmap_method="sequential")
+        done = jax.pure_callback(
+            _host_call(target, call, tuple(arrays), tuple(results)), shapes, *arrays.values(), vmap_method="sequential"
+        )
     else:
         done = jax.ffi.ffi_call(target, shapes, vmap_method="broadcast_all")(
             *arrays.values(),
@@ -622,10 +623,16 @@ def _invoke(target: str, call: _Call, arrays: Arrays, results: dict[str, jax.Sha
     return dict(zip(results, done, strict=True))
 
 
+@functools.lru_cache(maxsize=256)
+def _host_call(target: str, call: _Call, names: tuple[str, ...], wanted: tuple[str, ...]) -> Callable[..., Any]:
+    """The same function for the same call, for which JAX compiles it once."""
+    return functools.partial(_on_host, target, call, names, wanted)
+
+
 def _on_host(
     target: str, call: _Call, names: tuple[str, ...], wanted: tuple[str, ...], *given: Any
 ) -> list[npt.NDArray[Any]]:
-    """The same call through the binding."""
+    """A call through the binding: the arrays given by `names` in, those `wanted` out."""
 
     def by_heads(name: str, x: Any) -> Any:
         return x.swapaxes(-2, -3) if call.heads_last and name.removeprefix("grad_") in _OF_POSITIONS else x
