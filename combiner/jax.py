@@ -13,7 +13,8 @@ query and key, Dv of value, R regions of the plan. What every function here has 
   ``combiner.get_num_threads()``. Where jaxlib takes no such custom call, or the environment has COMBINER_JAX=callback,
   jax.pure_callback does the same, slower.
 - Under jax.vmap each entry is computed as if alone, dropout included, in one call where its batch can hold them all.
-  jax.shard_map divides a call between devices, over batch and heads.
+  jax.shard_map divides a call between devices, over batch and heads (before JAX 0.10 with check_vma=False); without
+  it every device computes all of it.
 - TypeError, ValueError: as in `combiner`, when a function is traced. Memory that runs out later is an error of XLA's,
   a JaxRuntimeError or ValueError that begins with RESOURCE_EXHAUSTED.
 - A plan that was traced is kept for the rest of the process, as a compiled function may always run again: one for each

@@ -490,6 +490,25 @@ def test_unknown_plan_is_an_error(rng, monkeypatch):
         cj.attention(*arrays(rng)[:3], Fixed())
 
 
+def test_functions_of_a_cache_on_disk_find_their_plans(tmp_path):
+    """What one process has compiled runs in another, which has traced other plans before."""
+    code = """
+import jax, numpy as np, combiner, combiner.jax
+x = np.random.default_rng(0).standard_normal((2, 40, 8), dtype=np.float32)
+{}
+out = jax.jit(lambda x: combiner.jax.attention(x, x, x, combiner.Fixed(4)))(x)
+print(np.array_equal(out, combiner.attention(x, x, x, combiner.Fixed(4))))
+"""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    first = run_python(code.format(""), JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1", **cache)
+    compiled = [path.name for path in tmp_path.glob("jit__lambda*-cache")]
+    assert first.stdout == "True\n" and len(compiled) == 1, first.stderr
+    other = "combiner.jax.attention(x, x, x, combiner.LogSparse())"
+    second = run_python(code.format(other), JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1", **cache)
+    assert second.stdout == "True\n", second.stderr
+    assert [path.name for path in tmp_path.glob("jit__lambda*-cache")] == compiled
+
+
 def test_foreign_custom_call_is_an_error():
     assert cj._takes_custom_calls()
     x = jnp.zeros((1, 1, 4, 2))
