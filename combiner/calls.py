@@ -88,9 +88,14 @@ def forward(
 
 
 def single(inputs: Inputs) -> Inputs:
-    """The inputs of one core call: packed sequences with their plans; a `Mixture` is refused."""
+    """The inputs of one core call; a `Mixture` is refused."""
     if isinstance(inputs.pattern, Mixture):
         raise ValueError("pattern must have one normaliser, got a Mixture, whose components have one each")
+    return _in_segments(inputs)
+
+
+def _in_segments(inputs: Inputs) -> Inputs:
+    """With a plan for each sequence of a packed one."""
     if inputs.cu_seqlens is None:
         return inputs
     segments = inputs.segments()
@@ -107,6 +112,13 @@ def _run(
     known = {**inputs._asdict(), "plan": plan, "scale": scale}
     known.update(zip(_RESULT, (*summary, out, lse), strict=True))
     return done, {"function": function, **{name: known[name] for name in _PROBLEM + _RESULT}}
+
+
+def workspace_bytes(inputs: Inputs, is_backward: bool) -> int:
+    """What the core takes at once, beside results: of a mixture what its largest component does."""
+    if isinstance(inputs.pattern, Mixture):
+        return max(_core.workspace_bytes(*component, is_backward) for component, _ in components(inputs)[0])
+    return _core.workspace_bytes(*_in_segments(inputs), is_backward)
 
 
 def backward(stages: int, function: str, saved: Saved, *gradients: Array | None) -> tuple[Any, ...]:
