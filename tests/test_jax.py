@@ -566,20 +566,22 @@ def test_no_copies(heads_last):
 
 @fresh_process(COMBINER_NUM_THREADS="3")
 def test_xla_lends_its_threads():
-    """The library's own pool starts for NumPy's call alone; the bits are the same."""
+    """The library's own pool starts for NumPy's call alone; the bits are the same, also where threads share a head."""
 
     def count() -> int:
         return len(os.listdir("/proc/self/task"))
 
-    x = np.random.default_rng(0).standard_normal((1, 4, 4096, 32), dtype=np.float32)
-    call = jax.jit(lambda x: cj.attention(x, x, x, Fixed()))
-    jnp.sum(x + x).block_until_ready()
-    out = call(x).block_until_ready()
+    x = np.random.default_rng(0).standard_normal((1, 4096, 64), dtype=np.float32)
+    call = jax.jit(lambda x: jax.vjp(lambda *x: cj.attention(*x, Fixed()), x, x, x)[1](x))
+    gradients = jax.block_until_ready(call(x))
     before = count()
-    np.testing.assert_array_equal(call(x), out)
+    for x_, y_ in zip(call(x), gradients, strict=True):
+        np.testing.assert_array_equal(x_, y_)
     assert count() == before
-    np.testing.assert_array_equal(combiner.attention(x, x, x, Fixed()), out)
+    _, _, expected = with_gradients((x, x, x), Fixed(), x)
     assert count() == before + 2
+    for x_, y_ in zip(gradients, expected.values(), strict=True):
+        np.testing.assert_array_equal(x_, y_)
 
 
 def test_callback_by_environment():
