@@ -9,8 +9,8 @@ FLAGS_tsan = -O1 -fsanitize=thread
 
 LIBRARY = $(notdir $(wildcard csrc/*.c))
 C_TESTS = $(basename $(notdir $(wildcard tests/c/test_*.c)))
-C_FILES = $(wildcard csrc/*.[ch] tests/c/*.[ch] combiner/*.c)
-PACKAGE = $(wildcard csrc/*.[ch] combiner/*.c) pyproject.toml setup.py
+C_FILES = $(wildcard csrc/*.[ch] tests/c/*.[ch] combiner/*.[ch])
+PACKAGE = $(wildcard csrc/*.[ch] combiner/*.[ch] third_party/xla/ffi/api/*.h) pyproject.toml setup.py
 BIN = .venv/bin
 
 build: .venv/installed
