@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/patterns.md")
+DOCUMENTS = ("README.md", "docs/patterns.md", "docs/frameworks.md")
 BLOCKS = [
     (name, block)
     for name in DOCUMENTS
@@ -20,13 +20,15 @@ BLOCKS = [
 
 @pytest.mark.parametrize("name, block", BLOCKS, ids=range(len(BLOCKS)))
 def test_block(name, block):
+    for library in re.findall(r"^(?:import|from) (torch|jax|transformers)\b", block, re.MULTILINE):
+        pytest.importorskip(library)
     exec(compile(block, name, "exec"), {})
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_files_that_exist(document):
     text = (ROOT / document).read_text()
-    paths = [(ROOT / document).parent / name for name in re.findall(r"\]\(([\w./]+)\)", text)]
+    paths = [(ROOT / document).parent / name for name in re.findall(r"\]\(([\w./-]+)\)", text)]
     paths += [ROOT / "tests" / name for name in re.findall(r"`(?:tests/)?(test_\w+\.py)`", text)]
     assert paths
     assert [path for path in paths if not path.exists()] == []
