@@ -78,7 +78,8 @@ def attention(
             raise TypeError(f"{name} must be a CPU tensor, got {got}")
         if x.ndim < 3:
             raise ValueError(f"{name} must have shape (..., heads, n, features), got {tuple(x.shape)}")
-    return _Attention.apply(query, key, value, pattern, is_causal, scale, group)  # type: ignore[no-any-return, no-untyped-call]
+    apply: Callable[..., torch.Tensor] = _Attention.apply
+    return apply(query, key, value, pattern, is_causal, scale, group)
 
 
 # ---- both passes of a rank
@@ -239,8 +240,10 @@ class _Ranks:
         """Sends `[..., rows, features]` to all; the call waits for `[..., P * rows, features]`, rank by rank."""
         given = [np.ascontiguousarray(x) for x in mine]
         gathered = [np.empty((self.count, *x.shape), x.dtype) for x in given]
-        pairs = zip(gathered, given, strict=True)
-        works = [dist.all_gather([*_bytes(y)], _bytes(x[None])[0], self._group, async_op=True) for y, x in pairs]
+        works: list[Any] = [
+            dist.all_gather([*_bytes(y)], _bytes(x[None])[0], group=self._group, async_op=True)
+            for y, x in zip(gathered, given, strict=True)
+        ]
 
         def wait() -> list[Array]:
             for work in works:
@@ -254,8 +257,10 @@ class _Ranks:
         what ranks sent in their order."""
         given = [np.ascontiguousarray(np.stack(np.split(x, self.count, axis=-2))) for x in everyones]
         received = [np.empty(x.shape, x.dtype) for x in given]
-        pairs = zip(received, given, strict=True)
-        works = [dist.all_to_all_single(_bytes(y), _bytes(x), group=self._group, async_op=True) for y, x in pairs]
+        works: list[Any] = [
+            dist.all_to_all_single(_bytes(y), _bytes(x), group=self._group, async_op=True)
+            for y, x in zip(received, given, strict=True)
+        ]
 
         def wait() -> list[Array]:
             for work in works:

@@ -7,7 +7,10 @@ import functools
 import itertools
 import math
 import pickle
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -328,3 +331,10 @@ def test_sizes():
     refuses(ValueError, "heads must be a multiple of key_heads, 2, got 3", heads=3, key_heads=2)
     for name in ("heads", "key_heads", "dim", "value_dim", "batch", "itemsize"):
         refuses(ValueError, f"{name} must be at least 1", **{name: 0})
+
+
+def test_example():
+    script = Path(__file__).parents[1] / "examples" / "sequence_parallel.py"
+    done = subprocess.run([sys.executable, script, "--length", "1024"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr  # it compares with one process
+    assert "Fixed(span=64): loss" in done.stdout and "each rank sends 0.07 MB" in done.stdout
