@@ -6,6 +6,7 @@ import datetime
 import functools
 import itertools
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -334,7 +335,9 @@ def test_sizes():
 
 
 def test_example():
-    script = Path(__file__).parents[1] / "examples" / "sequence_parallel.py"
-    done = subprocess.run([sys.executable, script, "--length", "1024"], capture_output=True, text=True, timeout=120)
+    root = Path(__file__).parents[1]
+    command = [sys.executable, root / "examples" / "sequence_parallel.py", "--length", "1024"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr  # it compares with one process
     assert "Fixed(span=64): loss" in done.stdout and "each rank sends 0.07 MB" in done.stdout
