@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequence parallelism with torch.distributed: ranks hold a part of the sequence each and send each other summaries.
 
-A rank attends its own positions, sends summaries of them, attends those of other ranks (`sharding` says which), and
-merges the two into one softmax. Backward gives both parts the out and lse of that softmax in place of their own, as in
-ring attention: their weights and gradients are then those in the whole. The gradients that ranks find for a summary
-are summed where it was made.
+A rank summarizes its positions, attends them, sends what others attend of them (`sharding` says which), attends what
+others sent, and merges the two into one softmax. Backward gives both parts the out and lse of that softmax in place of
+their own, as in ring attention: their weights and gradients are then those in the whole. The gradients that ranks find
+for a summary are summed where it was made.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from .calls import Saved
 from .functional import (
     attend_backward,
     attend_forward,
-    attention_backward,
-    attention_forward,
     merge,
     summarize_backward,
     summarize_forward,
@@ -115,7 +113,8 @@ def _forward(
         own_query, of_own_query = _pool(q, layout.own)
         sent.append(own_query)
     arriving = ranks.gather(*(x[..., -layout.rows :, :] for x in sent))
-    out, of_near = attention_forward(q, k, v, layout.near, scale=scale)
+    near_key, near_value = (x[..., : layout.near.region_count, :] for x in (own.key, own.value))
+    out, of_near = attend_forward(q, k, v, near_key, near_value, layout.near, scale=scale)
     rows = arriving()
     key, value = rows[:2]
     if layout.has_blocks:
@@ -138,11 +137,14 @@ def _forward(
             *d_rows, dk, dv = to_rows(*d_rows)
             found.append((None, dk, dv))
         arriving = ranks.give_back(*d_rows)
-        found.append(attention_backward(grad_out, of_near)[:3])
-        d_rows = [_last_rows(x, layout.own.region_count) for x in arriving()]
-        found.append(summarize_backward(d_rows[0], d_rows[1], of_own)[:3])
+        *of_positions, d_key, d_value = attend_backward(grad_out, of_near)
+        found.append(of_positions)
+        d_own = [_last_rows(x, layout.own.region_count) for x in arriving()]
+        d_own[0][..., : layout.near.region_count, :] += d_key
+        d_own[1][..., : layout.near.region_count, :] += d_value
+        found.append(summarize_backward(d_own[0], d_own[1], of_own)[:3])
         if layout.has_blocks:
-            found.append((summarize_backward(d_rows[2], None, of_own_query).key, None, None))
+            found.append((summarize_backward(d_own[2], None, of_own_query).key, None, None))
         return [functools.reduce(np.add, (x for x in each if x is not None)) for each in zip(*found, strict=True)]
 
     return out, pass_back

@@ -9,7 +9,6 @@ shard (in the row-major order: of a column of it). Which ones is the pattern onc
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,9 +22,9 @@ from .plan import Array, Plan, as_integer, attended
 class Layout(NamedTuple):
     """A pattern on P shards of n positions, as one rank has it."""
 
-    own: Plan  # summarizes what a shard sends, its last `rows` regions
-    rows: int
     near: Plan  # every query attends its shard
+    own: Plan  # summarizes the regions of `near`, its first, and those that are sent, its last
+    rows: int  # that are sent
     far: Plan | None  # and what other ranks sent, and blocks of that; None where there is nothing
     coarse: Plan  # the pattern of P ranks: its positions are shards, its regions blocks of shards
     held: Array  # [P, U]: the blocks that each rank is in
@@ -55,15 +54,17 @@ def _lay_out(pattern: Factorization, n: int, ranks: int, rank: int, is_causal: b
     stride, is_flat = 1, False
     match pattern:
         case Fixed(span=int(span)) if n and n % span == 0:
-            own, unit = _node_plan(n, (span,), pattern), span
+            unit = span
+            own = _node_plan(n, (span,), is_flat, is_causal, pattern)
         case Axial(width=int(width), order="rowmajor") if n and n % width == 0:
-            own, unit, stride = _row_plan(n, width, pattern), width, width
+            unit = stride = width
+            own = _row_plan(n, width, pattern)
         case LogSparse(hierarchical=is_nested) if n and n & (n - 1) == 0:
-            own, unit = _node_plan(n, _powers(2, n) if is_nested else (n,), pattern), n
-            of_ranks, is_flat = pattern, not is_nested
+            unit, is_flat, of_ranks = n, not is_nested, pattern
+            own = _node_plan(n, _powers(2, n), is_flat, is_causal, pattern)
         case Tree(branching=b, levels=levels) if n and (level := _level(b, levels, n)) is not None:
             unit = b**level
-            own = _node_plan(n, _powers(b, unit), pattern)
+            own = _node_plan(n, _powers(b, unit), is_flat, is_causal, pattern)
             if level != levels:
                 of_ranks = replace(pattern, levels=None if levels is None else levels - level)
         case _:
@@ -73,7 +74,7 @@ def _lay_out(pattern: Factorization, n: int, ranks: int, rank: int, is_causal: b
     far = _far_plan(n, coarse, rank, rows, unit, stride, pattern.size_bias)
     held = np.array([[u for u, below in enumerate(coarse.regions) if r in below] for r in range(ranks)], np.int64)
     shard = _shard_plan(n, held.shape[1]) if is_flat and held.size else None
-    return Layout(own, rows, pattern.plan(n, is_causal), far, coarse, held, shard)
+    return Layout(pattern.plan(n, is_causal), own, rows, far, coarse, held, shard)
 
 
 def _level(branching: int, levels: int | None, n: int) -> int | None:
@@ -217,16 +218,44 @@ def _shard(length: int, ranks: int) -> int:
 # ---- plans
 
 
-def _node_plan(n: int, sizes: tuple[int, ...], pattern: Factorization) -> Plan:
-    """Regions of these sizes, each size's left to right, of which the last are summarized: of those before, or of
-    positions."""
-    counts = [n // size for size in sizes]
-    R, last = sum(counts), counts[-1]
-    children = np.repeat([sizes[0], *(b // a for a, b in itertools.pairwise(sizes))], counts)
-    return Plan.from_parts(
-        (np.zeros(n + 1, np.int64), np.zeros(0, np.int64)),
-        (np.minimum(np.arange(n + 1), 1) * last, np.arange(R - last, R)),  # what no query attends is not summarized
-        (np.append(0, np.cumsum(children)), np.arange(n + R - last)),
+def _node_plan(n: int, sizes: tuple[int, ...], is_flat: bool, is_causal: bool, pattern: Factorization) -> Plan:
+    """Regions of these sizes, each size's left to right, of positions if flat, else of regions of the size before.
+
+    All are summarized, but for large flat ones that no query attends: where causal, those that end the region around
+    them.
+    """
+    wave, task = [0], [(0, 0)]
+    pool: list[tuple[int, ...]] = []
+    tile: list[tuple[int, ...]] = []
+    run: list[tuple[int, ...]] = []
+    mask: list[int] = []
+    row, child, child_size = n, 0, 1  # the first rows of these regions and of the ones before, which are pooled
+    for size, parent in zip(sizes, (*sizes[1:], 2 * n), strict=True):
+        children = size // child_size
+        member, members = (0, size) if is_flat else (child, children)
+        group, width, seen = 1, 1, -1
+        if members <= 4:  # sixteen regions share a tile, in which each sees its own members
+            group, width, seen = 16, 16, len(mask)
+            mask += [1 << t for t in range(16) for _ in range(members)]
+        for first in range(0, n // size, group):
+            queries = min(group, n // size - first)
+            pool += [(row + r, child + r * children, 1, children) for r in range(first, first + queries)]
+            if not (group == 1 and is_flat and is_causal and (first + 1) * size % parent == 0):
+                tile.append((row + first, 1, queries, len(run), width))
+                run.append((member + first * members, 1, queries * members, seen))
+            task.append((len(pool), len(tile)))
+        wave.append(len(task) - 1)
+        row, child, child_size = row + n // size, row, size
+    return Plan.from_arrays(
+        wave,
+        task,
+        pool,
+        [*tile, (0, 0, 0, len(run), 0)],
+        run,
+        [],
+        mask,
+        length=n,
+        regions=row - n,
         pooling=pattern.pooling,
         size_bias=pattern.size_bias,
     )
@@ -234,11 +263,10 @@ def _node_plan(n: int, sizes: tuple[int, ...], pattern: Factorization) -> Plan:
 
 def _shard_plan(n: int, regions: int) -> Plan:
     """Regions of all positions each, summarized."""
-    everything = np.tile(np.arange(n), regions)
     return Plan.from_parts(
         (np.zeros(n + 1, np.int64), np.zeros(0, np.int64)),
-        (np.minimum(np.arange(n + 1), 1) * regions, np.arange(regions)),
-        (np.arange(regions + 1) * n, everything),
+        (np.append(0, np.full(n, regions)), np.arange(regions)),  # what no query attends is not summarized
+        (np.arange(regions + 1) * n, np.tile(np.arange(n), regions)),
     )
 
 
