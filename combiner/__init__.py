@@ -19,6 +19,7 @@ from .functional import (
     summarize,
     summarize_backward,
     summarize_forward,
+    workspace_bytes,
 )
 from .patterns import Axial, AxialMixture, Dense, Fixed, LogSparse, Mixture, Routing, Tree
 from .plan import Plan
@@ -61,4 +62,5 @@ __all__ = [
     "summarize_backward",
     "summarize_forward",
     "update_centroids",
+    "workspace_bytes",
 ]

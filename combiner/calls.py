@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from . import _core
 from .patterns import Mixture, Plans, segment_plans
-from .plan import Array, as_integer
+from .plan import Array, as_integer, widened
 
 Saved: TypeAlias = dict[str, Any]
 Dropout: TypeAlias = tuple[float, int, Array | None]  # probability, seed, rows of the components before, by segment
@@ -86,10 +86,15 @@ def forward(
     """The core's results; and what `backward` needs if `function`, whose name it is to know them by, is given."""
     if isinstance(inputs.pattern, Mixture):
         raise ValueError("pattern must have one normaliser, got a Mixture, whose components have one each")
-    if inputs.cu_seqlens is not None:
-        segments = inputs.segments()
-        inputs = inputs._replace(pattern=segment_plans(inputs.pattern, segments, inputs.is_causal), cu_seqlens=segments)
-    return _run(stages, inputs, region_value, out, function)
+    return _run(stages, _in_segments(inputs), region_value, out, function)
+
+
+def _in_segments(inputs: Inputs) -> Inputs:
+    """With a plan for each sequence of a packed one."""
+    if inputs.cu_seqlens is None:
+        return inputs
+    segments = inputs.segments()
+    return inputs._replace(pattern=segment_plans(inputs.pattern, segments, inputs.is_causal), cu_seqlens=segments)
 
 
 def _run(
@@ -102,6 +107,13 @@ def _run(
     known = {**inputs._asdict(), "plan": plan, "scale": scale}
     known.update(zip(_RESULT, (*summary, out, lse), strict=True))
     return done, {"function": function, **{name: known[name] for name in _PROBLEM + _RESULT}}
+
+
+def workspace_bytes(inputs: Inputs, is_backward: bool) -> int:
+    """What the core takes at once, beside results: of a mixture what its largest component does."""
+    if isinstance(inputs.pattern, Mixture):
+        return max(_core.workspace_bytes(*component, is_backward) for component, _ in _components(inputs)[0])
+    return _core.workspace_bytes(*_in_segments(inputs), is_backward)
 
 
 def backward(stages: int, function: str, saved: Saved, *gradients: Array | None) -> tuple[Any, ...]:
@@ -126,8 +138,10 @@ def mean_forward(inputs: Inputs, *, out: Array | None = None, function: str | No
         (own, *_), own_saved = _run(BOTH, component, None, out if is_last else None, function)
         if function is not None:
             saved["components"].append(({**own_saved, "out": own.copy()}, regions))
-        total = own if total is None else np.add(total, own, out=own)
-    return np.divide(total, len(components), out=total), saved
+        wide = widened(own)
+        total = wide if total is None else np.add(total, wide, out=wide)
+    np.divide(total, len(components), out=own, casting="same_kind")
+    return own, saved
 
 
 def mean_backward(function: str, saved: Saved, grad_out: Array) -> list[Array | None]:
@@ -136,11 +150,13 @@ def mean_backward(function: str, saved: Saved, grad_out: Array) -> list[Array | 
     for component, regions in saved["components"]:
         own = list(backward(BOTH, function, component, grad_out, None, None, None)[:5])
         own[3:] = (_put(x, regions, saved["region_count"]) for x in own[3:])
-        for x, y in zip(total, own, strict=True) if total else ():
+        wide = [x if x is None else widened(x) for x in own]
+        for x, y in zip(total, wide, strict=True) if total else ():
             if x is not None:
                 x += y
-        total = total or own
-    return [x if x is None else np.divide(x, len(saved["components"]), out=x) for x in total]
+        total = total or wide
+    count, dtype = len(saved["components"]), grad_out.dtype
+    return [x if x is None else np.divide(x, count, out=x).astype(dtype, copy=False) for x in total]
 
 
 Regions: TypeAlias = slice | npt.NDArray[np.int64]  # one component's part of the region axis
