@@ -67,8 +67,8 @@ def attention(
 
     Notes
     -----
-    Time is that of `combiner.attention` of n positions, of their summaries and of n queries on those of other ranks,
-    which travel meanwhile. `traffic` counts their bytes.
+    Time is about that of `combiner.attention` of n positions, while summaries travel, and of n queries on those of
+    other ranks. `traffic` counts the bytes.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, torch.Tensor) or x.device.type != "cpu":
