@@ -8,6 +8,8 @@ key, Dv of value, R regions of the plan. What every function here has in common:
 - Arrays are `[..., heads, L, features]` with equal leading axes, or `[L, features]` each; float32 or float64, never
   mixed; Hq is a multiple of Hk, and query head h uses key head ``h // (Hq // Hk)``. A view with any strides is taken
   without a copy as long as its last axis is contiguous. Inputs are never written.
+- Arrays are NumPy's or, all alike, another library's on the CPU (PyTorch's, JAX's, any with DLPack): these are taken
+  without a copy too, and results are of the same library. For gradients and tracing there are the adapters.
 - Functions may be called from any thread at once and release the GIL. Ctrl-C ends a call within 0.1 s. Results have
   the same bits for any number of threads, batch or head composition and memory layout.
 - TypeError: an argument of the wrong kind or dtype. ValueError: a wrong shape or value. OverflowError, MemoryError:
@@ -24,6 +26,7 @@ import numpy.typing as npt
 
 from . import calls
 from .calls import ATTEND, BOTH, SUMMARIZE, Inputs, Saved
+from .interchange import any_library
 from .patterns import AnyPattern, Mixture
 from .plan import Array
 
@@ -101,6 +104,7 @@ def attention(
     out: Array | None = None,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array]: ...
+@any_library
 def attention(
     query: Array,
     key: Array,
@@ -163,6 +167,7 @@ def attention(
     return calls.mean_forward(inputs, out=out)[0]
 
 
+@any_library
 def attention_forward(
     query: Array,
     key: Array,
@@ -196,6 +201,7 @@ def attention_forward(
     return done[0], saved
 
 
+@any_library
 def attention_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = None) -> Gradients:
     """Gradients of sum(out * grad_out) + sum(lse * grad_lse), the exact derivatives of `attention`.
 
@@ -252,6 +258,7 @@ def summarize(
     )[0]
 
 
+@any_library
 def summarize_forward(
     query: Array,
     key: Array,
@@ -271,6 +278,7 @@ def summarize_forward(
     return Summary(*done[2:5]), saved
 
 
+@any_library
 def summarize_backward(grad_summary_key: Array | None, grad_summary_value: Array | None, saved: Saved) -> Gradients:
     """Gradients of sum(summary.key * grad_summary_key) + sum(summary.value * grad_summary_value).
 
@@ -309,6 +317,7 @@ def attend(
     out: Array | None = None,
     **options: Unpack[AttendOptions],
 ) -> tuple[Array, Array]: ...
+@any_library
 def attend(
     query: Array,
     key: Array,
@@ -345,6 +354,7 @@ def attend(
     return done[:2] if return_lse else done[0]
 
 
+@any_library
 def attend_forward(
     query: Array,
     key: Array,
@@ -369,6 +379,7 @@ def attend_forward(
     return done[0], saved
 
 
+@any_library
 def attend_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = None) -> AttendGradients:
     """Gradients of sum(out * grad_out) + sum(lse * grad_lse) through stage 2.
 
@@ -382,6 +393,7 @@ def attend_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = N
     return AttendGradients(*done[:3], *done[5:])
 
 
+@any_library
 def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
     """One softmax over two sets of parts, from the results over each: (out, lse).
 
@@ -410,6 +422,7 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
     return weight_a[..., None] * out_a + weight_b[..., None] * out_b, lse
 
 
+@any_library
 def attention_weights(
     query: Array,
     key: Array,
