@@ -31,7 +31,7 @@ Plans: TypeAlias = Plan | tuple[Plan, ...]
 AnyPattern: TypeAlias = "Pattern | Plans | Mixture"
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, repr=False)
 class Factorization:
     """What all factorizations have in common.
 
@@ -289,7 +289,7 @@ class Routing(Factorization):
         return f"Routing(<clusters [{shape}]>, pooling={self.pooling!r}, size_bias={self.size_bias})"
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, repr=False)
 class Sparse:
     """The sparse baseline of a factorization, as its ``sparse()`` returns it."""
 
@@ -308,7 +308,7 @@ class Sparse:
         return f"{self.pattern!r}.sparse()"
 
 
-@dataclass(frozen=True, slots=True, repr=False, init=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, repr=False, init=False)
 class Mixture:
     """The mean of several factorizations' attentions, each with its own summaries (section 4.3).
 

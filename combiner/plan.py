@@ -29,7 +29,7 @@ class Plan(_core.Plan):
     ``weighted``, ``nbytes``, ``scratch_count`` (N) and ``arrays``.
     """
 
-    __slots__ = ("_facts", "_regions")
+    __slots__ = ("__weakref__", "_facts", "_regions")
 
     _facts: tuple[int, int, int, bool, bool]
     _regions: tuple[Array, ...]

@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PyTorch adapter: the library's own bits, and all that PyTorch does with an operator."""
+
+import gc
+import io
+import weakref
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+
+import combiner  # noqa: E402
+import combiner.torch as ct  # noqa: E402
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Mixture, Plan, Tree  # noqa: E402
+
+L = 37
+CLUSTERS = np.arange(L) * 7 % 5
+PATTERNS = [
+    Dense(),
+    Fixed(8),
+    Fixed(pooling="mean", size_bias=True),
+    LogSparse(hierarchical=True),
+    Axial(6, "rowmajor", "weighted"),
+    AxialMixture(6).sparse(),
+    Tree(3, 2),
+    Mixture(Fixed(4), LogSparse()),
+    Fixed(5).plan(L, True),
+    Mixture(Fixed(4), Fixed(5).plan(L, True)),
+    combiner.Routing(CLUSTERS),
+    combiner.Routing(CLUSTERS).sparse(),
+    ct.Routing(torch.from_numpy(CLUSTERS), pooling="mean"),
+]
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{type(p).__name__}-{str(p)[:30]}")
+compiled = {"fullgraph": True, "backend": "aot_eager"}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def as_numpy(pattern):
+    """The pattern as `combiner.attention` takes it."""
+    if not isinstance(pattern, ct.Routing):
+        return pattern
+    return combiner.Routing(pattern.clusters.numpy(), pooling=pattern.pooling, size_bias=pattern.size_bias)
+
+
+def tensors(*shapes, dtype=torch.float64, requires_grad=True):
+    return [torch.randn(shape, dtype=dtype).requires_grad_(requires_grad) for shape in shapes]
+
+
+def problem(pattern, *, grouped=True, **options):
+    """query, key and value with GQA and the region query and key where the pattern has any, and a mask."""
+    q, k, v = tensors((2, 4, L, 6), (2, 4 // (1 + grouped), L, 6), (2, 4 // (1 + grouped), L, 5))
+    options = {"is_causal": True, "key_mask": torch.rand(2, L) > 0.2, **options}
+    return (q, k, v), options
+
+
+def same(a, b) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- results
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+@every_pattern
+def test_the_librarys_bits(pattern, dropout_p):
+    inputs, options = problem(pattern, dropout_p=dropout_p, seed=2**63 + 5)
+    given = [x.detach().numpy() for x in inputs]
+    numpy_options = {**options, "key_mask": options["key_mask"].numpy()}
+    out, saved = combiner.attention_forward(*given, as_numpy(pattern), **numpy_options)
+    grad_out = torch.randn(out.shape, dtype=torch.float64)
+    expected = combiner.attention_backward(grad_out.numpy(), saved)
+    actual = ct.attention(*inputs, pattern, **options)
+    assert np.array_equal(actual.detach().numpy(), out)
+    gradients = torch.autograd.grad(actual, inputs, grad_out)
+    for x, y in zip(gradients, expected, strict=False):
+        assert np.array_equal(x.numpy(), y)
+
+
+@pytest.mark.parametrize(
+    "pattern", (Fixed(8), Mixture(Fixed(8), LogSparse()), Axial(6, "rowmajor", "weighted")), ids=str
+)
+def test_given_regions_and_packed_sequences(pattern):
+    cu_seqlens = [0, 20, 20, L]
+    R = sum(
+        sum(plan.region_count for plan in plans) if isinstance(plans, tuple) else plans.region_count
+        for plans in (pattern.plan(n) for n in np.diff(cu_seqlens).tolist())
+    )
+    inputs = tensors((3, L, 6), (3, L, 6), (3, L, 5), (3, R, 6), (3, R, 6))
+    *given, region_query, region_key = (x.detach().numpy() for x in inputs)
+    out, saved = combiner.attention_forward(
+        *given, pattern, cu_seqlens=cu_seqlens, region_query=region_query, region_key=region_key
+    )
+    grad_out = torch.randn(out.shape, dtype=torch.float64)
+    expected = combiner.attention_backward(grad_out.numpy(), saved)
+    for form in (cu_seqlens, torch.tensor(cu_seqlens, dtype=torch.int32)):
+        q, k, v, rq, rk = inputs
+        actual = ct.attention(q, k, v, pattern, cu_seqlens=form, region_query=rq, region_key=rk)
+        assert np.array_equal(actual.detach().numpy(), out)
+        for x, y in zip(torch.autograd.grad(actual, inputs, grad_out), expected, strict=True):
+            assert np.array_equal(x.numpy(), y)
+
+
+@pytest.mark.parametrize("pattern", (Fixed(4), Axial(3, "rowmajor", "weighted"), Mixture(Fixed(4), Tree(2))), ids=str)
+def test_gradcheck(pattern):
+    """Against finite differences, with lse where there is one."""
+    has_lse = not isinstance(pattern, Mixture)
+    inputs = tensors((2, 11, 3), (1, 11, 3), (1, 11, 2))
+    torch.autograd.gradcheck(
+        lambda q, k, v: ct.attention(q, k, v, pattern, is_causal=True, return_lse=has_lse, scale=0.7), inputs
+    )
+
+
+def test_gradcheck_of_given_regions():
+    inputs = tensors((2, 8, 3), (1, 8, 3), (1, 8, 2), (2, 4, 3), (1, 4, 3))
+
+    def f(q, k, v, region_query, region_key):
+        return ct.attention(q, k, v, Fixed(2), region_query=region_query, region_key=region_key, return_lse=True)[1:]
+
+    torch.autograd.gradcheck(f, inputs)
+
+
+def test_views_are_read_where_they_are(monkeypatch):
+    """And results are handed over as they were made."""
+    seen = []
+    attention = combiner.attention
+
+    def spy(*args, **options):
+        seen.append((args, attention(*args, **options)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(combiner, "attention", spy)
+    packed = torch.randn(2, L, 3, 4, 8, requires_grad=True)  # [B, L, 3, H, D]
+    q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
+    out, lse = ct.attention(q, k, v[:, :1].expand(-1, 4, -1, -1), Fixed(8), return_lse=True)
+    ((query, key, value, _), results) = seen[0]
+    for array, tensor in zip((query, key, value, *results), (q, k, v, out, lse), strict=True):
+        assert array.ctypes.data == tensor.data_ptr()
+    assert query.strides == tuple(4 * n for n in q.stride())
+    assert value.strides[1] == 0
+    out.sum().backward()
+    assert packed.grad.isfinite().all()
+
+
+def test_dropout():
+    (q, k, v), options = problem(Fixed(8), dropout_p=0.4)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return ct.attention(q, k, v, Fixed(8), **options)
+
+    out = draw(3)
+    assert torch.equal(out, draw(3))
+    assert not torch.equal(out, draw(4))
+    torch.manual_seed(3)
+    first, second = (ct.attention(q, k, v, Fixed(8), **options) for _ in range(2))
+    assert not torch.equal(first, second)
+    # out = W v, so sum(out * g) = sum(v * dv) if and only if backward has forward's W
+    g = torch.randn_like(out)
+    (dv,) = torch.autograd.grad(out, v, g)
+    torch.testing.assert_close((out * g).sum(), (v * dv).sum(), rtol=1e-12, atol=0)
+
+
+def test_without_dropout_nothing_is_drawn():
+    (q, k, v), options = problem(Fixed(8))
+    before = torch.get_rng_state()
+    ct.attention(q, k, v, Fixed(8), **options)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_deterministic_algorithms():
+    inputs, options = problem(Fixed(8))
+
+    def run():
+        out = ct.attention(*inputs, Fixed(8), **options)
+        return out, *torch.autograd.grad(out.sum(), inputs)
+
+    expected = run()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert same(expected, run())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_patterns_do_not_outlive_their_use():
+    q, k, v = tensors((L, 6), (L, 6), (L, 6))
+    kept = len(ct._numbers)
+    plan = Fixed(5).plan(L, True)
+    plan = Plan.from_arrays(**plan.arrays, length=L, regions=plan.region_count, is_causal=True)  # not cached
+    alive = weakref.ref(plan)
+    out = ct.attention(q, k, v, plan)
+    del plan
+    assert alive() is not None, "backward needs it"
+    expected = torch.autograd.grad(ct.attention(q, k, v, Fixed(5), is_causal=True).sum(), q)
+    assert same(torch.autograd.grad(out.sum(), q), expected)
+    del out
+    gc.collect()
+    assert alive() is None
+    assert len(ct._numbers) == kept
+
+
+# ---- what PyTorch does with operators
+
+
+def operands(pattern, **options):
+    """What the operator takes."""
+    inputs, options = problem(pattern, **options)
+    clusters = pattern.clusters if isinstance(pattern, ct.Routing) else None
+    given = *inputs, ct._text(pattern), clusters, True, None, options["key_mask"], None, None, None
+    seed = torch.tensor(5) if options.get("dropout_p") else None
+    return *given, options.get("dropout_p", 0.0), seed
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+@pytest.mark.parametrize("pattern", (Fixed(8), PATTERNS[-1], PATTERNS[7], PATTERNS[8]), ids=lambda p: type(p).__name__)
+def test_opcheck(pattern, dropout_p):
+    given = operands(pattern, dropout_p=dropout_p)
+    torch.library.opcheck(torch.ops.combiner.attention, given)
+    given = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
+    out, lse = torch.ops.combiner.attention(*given)
+    torch.library.opcheck(torch.ops.combiner.attention_backward, (torch.randn_like(out), None, out, lse, *given))
+
+
+@every_pattern
+def test_compile(pattern):
+    inputs, options = problem(pattern)
+
+    def f(q, k, v):
+        return ct.attention(q * 2, k, v, pattern, **options)
+
+    out, expected = torch.compile(f, **compiled)(*inputs), f(*inputs)
+    assert torch.equal(out, expected)
+    g = torch.randn_like(out)
+    assert same(torch.autograd.grad(out, inputs, g), torch.autograd.grad(expected, inputs, g))
+
+
+@pytest.mark.slow
+def test_inductor():
+    inputs, options = problem(Fixed(8), dropout_p=0.3, seed=1)
+
+    def f(q, k, v):
+        return ct.attention(q * 2, k.transpose(-1, -2).contiguous().transpose(-1, -2), v + 1, Fixed(8), **options) * 3
+
+    out, expected = torch.compile(f, fullgraph=True)(*inputs), f(*inputs)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs))
+
+
+def test_compiled_code_is_of_any_length_and_one_pattern():
+    """A pattern made on the way is a constant like any other; one from outside is guarded."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def f(q, k, v, pattern):
+        out, lse = ct.attention(q, k, v, Fixed(4, pooling="mean"), is_causal=True, return_lse=True)
+        return ct.attention(q, k, v, pattern, is_causal=True) + out, lse
+
+    g = torch.compile(f, fullgraph=True, backend=counter, dynamic=True)
+    plan = Plan.from_parts([[i] for i in range(L)], is_causal=True)
+    frames = set()
+    for length, pattern in ((L, Fixed(8)), (64, Fixed(8)), (200, Fixed(8)), (L, plan)):
+        inputs = tensors((2, length, 4), (2, length, 4), (2, length, 4))
+        actual, expected = g(*inputs, pattern), f(*inputs, pattern)
+        assert same(actual, expected)
+        assert same(
+            torch.autograd.grad(actual[0].sum() + actual[1].sum(), inputs),
+            torch.autograd.grad(expected[0].sum() + expected[1].sum(), inputs),
+        )
+        frames.add((counter.frame_count, type(pattern)))
+    assert len(frames) == 2
+    other = Plan.from_parts([[0] for i in range(L)], is_causal=True)
+    assert same(g(*inputs, other), f(*inputs, other))
+
+
+def test_compiled_clusters_may_change():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def f(q, k, v, clusters):
+        return ct.attention(q, k, v, ct.Routing(clusters))
+
+    g = torch.compile(f, fullgraph=True, backend=counter)
+    inputs = tensors((1, 2, L, 4), (1, 2, L, 4), (1, 2, L, 4))
+    frames = set()
+    for _ in range(3):
+        clusters = torch.randint(5, (1, 2, L))
+        assert torch.equal(g(*inputs, clusters), f(*inputs, clusters))
+        frames.add(counter.frame_count)
+    assert len(frames) == 1
+
+
+def test_compiled_dropout():
+    (q, k, v), _ = problem(Fixed(8))
+
+    def f(seed=None):
+        return ct.attention(q, k, v, Fixed(8), dropout_p=0.4, seed=seed)
+
+    g = torch.compile(f, **compiled)
+    for seed in (2**64 - 1, 5, 6, 7):
+        assert torch.equal(g(seed), f(seed))
+    torch.manual_seed(0)
+    first, second = g(), g()
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(first, g())
+
+
+@pytest.mark.parametrize("strict", (False, True))
+def test_export(strict):
+    """For any length, and for any process."""
+    pattern = Mixture(Fixed(), AxialMixture(4, size_bias=True).sparse())
+
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, key_mask):
+            return ct.attention(q, k, v, pattern, key_mask=key_mask) + ct.attention(q, k, v, LogSparse())
+
+    def given(n):
+        return *tensors((2, 2, n, 4), (2, 2, n, 4), (2, 2, n, 4), requires_grad=False), torch.rand(2, n) > 0.3
+
+    n = torch.export.Dim("L", min=2, max=4096)
+    shapes = {"q": {2: n}, "k": {2: n}, "v": {2: n}, "key_mask": {1: n}}
+    program = torch.export.export(Model(), given(L), dynamic_shapes=shapes, strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    for length in (2, 100):
+        x = given(length)
+        assert torch.equal(program.module()(*x), Model()(*x))
+        assert torch.equal(loaded.module()(*x), Model()(*x))
+
+
+def test_a_text_of_another_process():
+    given = operands(Fixed(8))
+    with pytest.raises(RuntimeError, match="pattern must be alive and of this process"):
+        torch.ops.combiner.attention(*given[:3], "123456789", *given[4:])
+    for text in ("print('x')", "Fixed(print('x'))", "__import__('os').sparse()"):
+        with pytest.raises(ValueError):
+            torch.ops.combiner.attention(*given[:3], text, *given[4:])
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+@every_pattern
+def test_vmap(pattern, dropout_p):
+    """As the entries one by one, along any axis, some of the inputs shared."""
+    q, k, v = tensors((2, L, 3, 4), (2, L, 4), (3, 2, L, 4), requires_grad=False)
+    masks = torch.rand(3, L) > 0.3
+
+    def f(q, k, v, key_mask):
+        return ct.attention(q, k, v, pattern, is_causal=True, key_mask=key_mask, dropout_p=dropout_p, seed=3)
+
+    expected = torch.stack([f(q[:, :, n], k, v[n], masks[n]) for n in range(3)])
+    assert torch.equal(torch.vmap(f, in_dims=(2, None, 0, 0))(q, k, v, masks), expected)
+    expected = torch.stack([f(q[0, :, n], k[0], v[n, 0], masks[n]) for n in range(3)])
+    assert torch.equal(torch.vmap(f, in_dims=(1, None, 0, 0))(q[0], k[0], v[:, 0], masks), expected)
+
+
+def test_vmap_of_clusters_and_sequences():
+    q, k, v = tensors((3, 2, L, 4), (3, 2, L, 4), (3, 2, L, 4), requires_grad=False)
+    clusters, cu_seqlens = torch.randint(5, (3, L)), torch.tensor([[0, 5, L], [0, 9, L], [0, 0, L]])
+
+    def f(q, k, v, clusters, cu_seqlens):
+        return ct.attention(q, k, v, ct.Routing(clusters), cu_seqlens=cu_seqlens)
+
+    expected = torch.stack([f(*x) for x in zip(q, k, v, clusters, cu_seqlens, strict=True)])
+    assert torch.equal(torch.vmap(f)(q, k, v, clusters, cu_seqlens), expected)
+
+
+@pytest.mark.parametrize("lead", ((), (2,), (2, 2)))
+def test_vmap_of_the_backward_operator(lead):
+    given = operands(Fixed(8))
+    *inputs, mask = tensors((3, *lead, L, 4), (3, *lead, L, 4), (3, *lead, L, 4), requires_grad=False), None
+    (q, k, v), rest = inputs[0], ("Fixed(span=8)", None, True, None, mask, *given[8:])
+
+    def f(q, k, v):
+        out, lse = torch.ops.combiner.attention(q, k, v, *rest)
+        return torch.ops.combiner.attention_backward(torch.ones_like(out), lse, out, lse, q, k, v, *rest)
+
+    expected = [torch.stack(x) for x in zip(*(f(*x) for x in zip(q, k, v, strict=True)), strict=True)]
+    assert same(torch.vmap(f)(q, k, v), expected)
+    assert torch.vmap(f, randomness="different")(q, k, v)[0].shape == q.shape
+
+
+# ---- errors
+
+
+def test_arguments():
+    q, k, v = tensors((2, L, 4), (2, L, 4), (2, L, 4), requires_grad=False)
+    mask = torch.ones(L, dtype=torch.bool)
+
+    def refuses(error, match, *inputs, pattern=Fixed(4), **options):  # noqa: B008
+        with pytest.raises(error, match=match):
+            ct.attention(*(inputs or (q, k, v)), pattern, **options)
+
+    refuses(TypeError, r"query must be a torch.Tensor, got ndarray", q.numpy(), k, v)
+    refuses(TypeError, r"query must be float32, float64, bfloat16 or float16, got torch.int64", q.long(), k, v)
+    refuses(TypeError, r"key must be torch.float64 like query, got torch.float32", q, k.float(), v)
+    refuses(TypeError, r"region_key must be torch.float64 like query", region_key=q.float())
+    refuses(TypeError, r"key_mask must be a torch.Tensor, got ndarray", key_mask=mask.numpy())
+    refuses(TypeError, r"key_mask must be bool.* got torch.float64: .*key_mask == 0", key_mask=torch.zeros_like(q[0]))
+    refuses(TypeError, r"key_mask must be bool.* got torch.uint8$", key_mask=mask.byte())
+    refuses(
+        ValueError, rf"key_mask must have shape \({L},\), got \({L}, {L}\): .*is_causal", key_mask=mask.expand(L, L)
+    )
+    refuses(ValueError, rf"key_mask must have shape \({L},\), got \(2, {L}\)$", key_mask=mask.expand(2, L))
+    refuses(ValueError, r"key must have shape", q, k[:, 1:], v)
+    refuses(TypeError, r"pattern must be a pattern such as combiner.Fixed\(\) or a Plan, got str", pattern="fixed")
+    refuses(TypeError, r"pattern must be a pattern such as", pattern=Fixed)
+    refuses(ValueError, r"return_lse must be False with a Mixture", pattern=Mixture(Fixed(4)), return_lse=True)
+    refuses(TypeError, r"clusters must be a torch.Tensor of int64", pattern=ct.Routing(CLUSTERS))
+    refuses(ValueError, r"clusters must lie between", pattern=ct.Routing(torch.full((L,), L)))
+    refuses(ValueError, r"dropout_p must be between 0 and 1", dropout_p=2.0)
+    refuses(ValueError, r"seed must be at least 0", seed=-1)
+    refuses(TypeError, r"seed must be an integer", seed=0.5, dropout_p=0.1)
+
+
+def test_devices():
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda:0")
+
+    q, k, v = tensors((2, L, 4), (2, L, 4), (2, L, 4), requires_grad=False)
+    with pytest.raises(ValueError, match=r"key must be on the CPU, got cuda:0: key.cpu\(\) is"):
+        ct.attention(q, k.as_subclass(Elsewhere), v, Fixed(4))
+    assert ct.attention(*(x.to("meta") for x in (q, k, v)), Fixed(4)).shape == q.shape
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_one_derivative():
+    q, k, v = tensors((2, L, 4), (2, L, 4), (2, L, 4))
+    (dq,) = torch.autograd.grad(ct.attention(q, k, v, Fixed(4)).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="there is no second derivative"):
+        dq.sum().backward()
+    q, k, v = (x.detach() for x in (q, k, v))
+    with pytest.raises(NotImplementedError, match="value must have no tangent: there is no forward-mode"):
+        torch.func.jvp(lambda v: ct.attention(q, k, v, Fixed(4)), (v,), (v,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="query must have no tangent"):
+        ct.attention(torch.autograd.forward_ad.make_dual(q, q), k, v, Fixed(4))
