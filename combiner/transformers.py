@@ -97,7 +97,8 @@ def _mask(
 ) -> _Support:
     """What `AttentionMaskInterface` asks for; attention_mask is `[B, L]`, True for tokens, or None."""
     parts = list(_parts(mask_function))
-    [sequence] = [x for _, x in parts if x is not None] or [None]
+    sequences: list[Tensor | None] = [x for _, x in parts if x is not None]
+    [sequence] = sequences or [None]
     if attention_mask is not None:
         if kv_offset or attention_mask.shape[-1] != kv_length:
             raise NotImplementedError(
@@ -132,7 +133,7 @@ def _parts(mask_function: Callable[..., Any]) -> Iterator[tuple[str, Tensor | No
 # ---- caches
 
 
-class CombinerLayer(DynamicLayer):  # type: ignore[misc]
+class CombinerLayer(DynamicLayer):  # type: ignore[misc, no-untyped-call]
     """A layer of a dynamic cache, which keeps what generation with combiner attends.
 
     The first tokens leave their queries here, in `queries`, beside keys and values. When others follow, a Decoder for
@@ -162,40 +163,42 @@ class CombinerLayer(DynamicLayer):  # type: ignore[misc]
         keys.cache_layer = weakref.ref(self)  # type: ignore[attr-defined]
         return keys, values
 
-    def step(self, query: Tensor, pattern: AnyPattern, scale: float | None, is_token: Tensor) -> Tensor:
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, pattern: AnyPattern, scale: float | None, is_token: Tensor
+    ) -> Tensor:
         """The attention `[B, n, Hq, Dv]` of the tokens that came last, which may not be the first.
 
         Parameters
         ----------
         query : `[B, Hq, n, D]`, theirs.
+        key, value : what `update` returned.
         pattern, scale : the same in every step.
         is_token : bool `[B, L]`, of all tokens so far; False for padding.
         """
         past = is_token.shape[1] - query.shape[-2]
         if self._decoders is None:
-            self._decoders = self._take_over(past, pattern, scale, is_token)
-        if any(decoder.pattern != pattern for decoder in self._decoders):
-            raise ValueError(f"pattern must be the same for all tokens, got {pattern!r} after {self._decoders[0]}")
-        out = query.new_zeros(len(query), query.shape[-2], query.shape[1], self._new[1].shape[-1])
-        for b, (decoder, which) in enumerate(zip(self._decoders, is_token[:, past:], strict=True)):
+            self._take_over(past, key, value, [Decoder(pattern, scale=scale) for _ in is_token], is_token)
+        decoders: list[Any] = self._decoders or []
+        if any(decoder.pattern != pattern for decoder in decoders):
+            raise ValueError(f"pattern must be the same for all tokens, got {pattern!r} after {decoders[0]}")
+        out = query.new_zeros(len(query), query.shape[-2], query.shape[1], value.shape[-1])
+        for b, (decoder, which) in enumerate(zip(decoders, is_token[:, past:], strict=True)):
             tokens = (x[b][:, which].detach() for x in (query, *self._new))
             out[b, which] = decoder.step(*tokens).transpose(0, 1)
         return out
 
-    def _take_over(self, past: int, pattern: AnyPattern, scale: float | None, is_token: Tensor) -> list[Any]:
-        """The decoders of all tokens before the last ones, which are all that is left of them."""
-        queries, keys, values = self.queries, self.keys, self.values
-        if queries is None or keys is None or values is None or queries.shape[-2] != past:
+    def _take_over(self, past: int, key: Tensor, value: Tensor, decoders: list[Any], is_token: Tensor) -> None:
+        """The decoders are given all tokens but the last ones, which are all that is left."""
+        queries = self.queries
+        if queries is None or queries.shape[-2] != past:
             raise NotImplementedError(
                 "generation must go on from tokens that combiner attended, one sequence in each batch entry"
             )
-        decoders: list[Any] = [Decoder(pattern, scale=scale) for _ in is_token]
         for b, decoder in enumerate(decoders):
-            decoder.prefill(*(x[b, :, :past][:, is_token[b, :past]].detach() for x in (queries, keys, values)))
-        self._length = keys.shape[-2]
-        self._new = keys[..., past:, :].clone(), values[..., past:, :].clone()
-        self.queries, self.keys, self.values = None, keys.new_empty(0), values.new_empty(0)
-        return decoders
+            decoder.prefill(*(x[b, :, :past][:, is_token[b, :past]].detach() for x in (queries, key, value)))
+        self._decoders, self._length = decoders, key.shape[-2]
+        self._new = key[..., past:, :].clone(), value[..., past:, :].clone()
+        self.queries, self.keys, self.values = None, key.new_empty(0), value.new_empty(0)
 
     def get_seq_length(self) -> int:
         return super().get_seq_length() if self._decoders is None else self._length
@@ -289,7 +292,7 @@ def _forward(
         if dropout or (torch.is_grad_enabled() and query.requires_grad):
             raise NotImplementedError("generation with a cache must be without dropout and under torch.no_grad()")
         is_token = torch.ones(B, L, dtype=torch.bool) if support.sequence is None else support.sequence >= 0
-        return layer.step(query, pattern, scaling, is_token)
+        return layer.step(query, key, value, pattern, scaling, is_token)
     sequence = support.sequence
     if sequence is None and position_ids is not None and position_ids.ndim == 2:
         sequence = find_packed_sequence_indices(position_ids)  # masks do not tell where there is a cache
@@ -313,4 +316,4 @@ def _attend_sequences(
     bounds = torch.cat([start, start.new_tensor([len(token)])])
     q, k, v = (x.transpose(1, 2).flatten(0, 1)[token].transpose(0, 1) for x in (query, key, value))
     out: Tensor = attention(q, k, v, pattern, cu_seqlens=bounds, **options).transpose(0, 1)
-    return out.new_zeros(B * L, *out.shape[1:]).index_copy(0, token, out).unflatten(0, (B, L))
+    return out.new_zeros(B * L, *out.shape[1:]).index_copy(0, token, out).view(B, L, *out.shape[1:])
