@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of Hugging Face with this attention: against their own, against the reference, and piece by piece."""
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -515,3 +519,19 @@ def test_a_pattern_that_changes():
         ValueError, match=r"pattern must be the same for all tokens, got Fixed\(span=8\) after .*span=4"
     ):
         logits(made, ids[:, 10:11], cache=cache)
+
+
+def test_example():
+    """All of it, at a size at which nothing is learned."""
+    root = Path(__file__).parent.parent
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, root / "examples" / "transformers_swap.py", "--steps=3", "--length=128", "--new=8"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    for line in ("training with sdpa", "training with combiner", "bits per byte", "generated with a cache"):
+        assert line in done.stdout
