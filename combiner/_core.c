@@ -572,8 +572,8 @@ typedef struct {
     const char *leader; /* the array whose type and leading axes the others follow: "query" or "x" */
     int axes;           /* of it */
     npy_intp lead[MAX_AXES];
-    int type;
-    npy_intp itemsize;
+    int type, lse_type;
+    npy_intp itemsize, lse_itemsize;
     int64_t R;
     const cmb_plan *one_plan;
     const cmb_plan **plans; /* of a tuple, or NULL */
@@ -649,27 +649,55 @@ static void raise_shape(const char *name, int axes, const npy_intp *expected, Py
     Py_XDECREF(got);
 }
 
-static const char real_array[] = "a float32 or float64 NumPy array";
+static const char real_array[] = "a float32, float64, bfloat16 or float16 NumPy array";
 static const char integer_array[] = "a NumPy array of integers";
 
-/* Type and byte order: the leader's decide, the others' must be the same. */
-static bool check_type(call *c, PyArrayObject *array, const char *name) {
-    int type = PyArray_TYPE(array);
-    if (type != NPY_FLOAT32 && type != NPY_FLOAT64) {
+/* A dtype that a package of its own registers with NumPy when it is imported (ml_dtypes): known by its name. */
+static bool is_bfloat16(PyArrayObject *array) {
+    if (PyArray_TYPE(array) < NPY_USERDEF || PyArray_ITEMSIZE(array) != 2)
+        return false;
+    PyObject *name = PyObject_Str((PyObject *)PyArray_DESCR(array));
+    const bool is_it = name && PyUnicode_CompareWithASCIIString(name, "bfloat16") == 0;
+    Py_XDECREF(name);
+    PyErr_Clear();
+    return is_it;
+}
+
+/* The leader's type decides how all others are. */
+static bool read_type(call *c, PyArrayObject *array, const char *name) {
+    cmb_dtype *dtype = &c->problem.dtype;
+    c->type = PyArray_TYPE(array);
+    c->itemsize = PyArray_ITEMSIZE(array);
+    if (c->type == NPY_FLOAT32)
+        *dtype = CMB_FLOAT32;
+    else if (c->type == NPY_FLOAT64)
+        *dtype = CMB_FLOAT64;
+    else if (c->type == NPY_HALF)
+        *dtype = CMB_FLOAT16;
+    else if (is_bfloat16(array))
+        *dtype = CMB_BFLOAT16;
+    else {
         PyErr_Format(PyExc_TypeError, "%s must be %s, got %S", name, real_array, PyArray_DESCR(array));
         return false;
     }
+    c->lse_type = *dtype == CMB_FLOAT64 ? NPY_FLOAT64 : NPY_FLOAT32;
+    c->lse_itemsize = *dtype == CMB_FLOAT64 ? 8 : 4;
+    return true;
+}
+
+/* Type and byte order. An array without features is an lse. */
+static bool check_type(call *c, PyArrayObject *array, const char *name, bool has_features) {
+    static const char *const names[] = {
+        [CMB_FLOAT32] = "float32", [CMB_FLOAT64] = "float64", [CMB_BFLOAT16] = "bfloat16", [CMB_FLOAT16] = "float16"};
     if (!PyArray_ISNOTSWAPPED(array)) {
         PyErr_Format(PyExc_TypeError, "%s must be in native byte order, got %R", name, PyArray_DESCR(array));
         return false;
     }
-    if (c->type == NPY_NOTYPE) {
-        c->type = type;
-        c->itemsize = type == NPY_FLOAT32 ? 4 : 8;
-        c->problem.dtype = type == NPY_FLOAT32 ? CMB_FLOAT32 : CMB_FLOAT64;
-    } else if (type != c->type) {
-        PyErr_Format(PyExc_TypeError, "%s must be %s like %s, got %S", name,
-                     c->type == NPY_FLOAT32 ? "float32" : "float64", c->leader, PyArray_DESCR(array));
+    if (c->type == NPY_NOTYPE)
+        return read_type(c, array, name);
+    if (PyArray_TYPE(array) != (has_features ? c->type : c->lse_type)) {
+        const char *expected = !has_features && c->itemsize == 2 ? "float32" : names[c->problem.dtype];
+        PyErr_Format(PyExc_TypeError, "%s must be %s like %s, got %S", name, expected, c->leader, PyArray_DESCR(array));
         return false;
     }
     return true;
@@ -693,7 +721,8 @@ static bool merge_leading(const call *c, PyArrayObject *array, npy_intp *stride)
 
 /* The array as a view with whole-element strides, or false where it has none. */
 static bool describe(const call *c, PyArrayObject *array, bool has_features, cmb_array *view) {
-    int rows_axis = PyArray_NDIM(array) - 1 - has_features;
+    const int rows_axis = PyArray_NDIM(array) - 1 - has_features;
+    const npy_intp itemsize = has_features ? c->itemsize : c->lse_itemsize;
     view->data = PyArray_DATA(array);
     view->heads = c->axes > 2 ? PyArray_DIM(array, rows_axis - 1) : 1;
     view->batch = view->head = view->row = 0;
@@ -706,15 +735,15 @@ static bool describe(const call *c, PyArrayObject *array, bool has_features, cmb
         head = PyArray_STRIDE(array, rows_axis - 1);
     if (PyArray_DIM(array, rows_axis) > 1)
         row = PyArray_STRIDE(array, rows_axis);
-    if (has_features && PyArray_DIM(array, rows_axis + 1) > 1 && PyArray_STRIDE(array, rows_axis + 1) != c->itemsize)
+    if (has_features && PyArray_DIM(array, rows_axis + 1) > 1 && PyArray_STRIDE(array, rows_axis + 1) != itemsize)
         return false;
-    if (!has_features && row && row != c->itemsize)
+    if (!has_features && row && row != itemsize)
         return false;
-    if (batch % c->itemsize || head % c->itemsize || row % c->itemsize)
+    if (batch % itemsize || head % itemsize || row % itemsize)
         return false;
-    view->batch = batch / c->itemsize;
-    view->head = head / c->itemsize;
-    view->row = row / c->itemsize;
+    view->batch = batch / itemsize;
+    view->head = head / itemsize;
+    view->row = row / itemsize;
     return true;
 }
 
@@ -759,7 +788,7 @@ static PyArrayObject *read_array(call *c, PyObject *object, const char *name, np
     npy_intp expected[MAX_AXES];
     int axes = shape_of(c, heads, rows, features, expected);
     PyArrayObject *array = hold(c, to_array(object, name, real_array), name);
-    if (!array || !check_type(c, array, name) || !check_shape(c, array, name, axes, expected))
+    if (!array || !check_type(c, array, name, features != NO_FEATURES) || !check_shape(c, array, name, axes, expected))
         return NULL;
     return view_array(c, array, features != NO_FEATURES, view);
 }
@@ -773,8 +802,12 @@ static bool read_optional(call *c, PyObject *object, const char *name, npy_intp 
 static bool new_array(call *c, npy_intp heads, npy_intp rows, npy_intp features, cmb_array *view, PyObject **array) {
     npy_intp shape[MAX_AXES];
     int axes = shape_of(c, heads, rows, features, shape);
-    *array = hold(c, new_result(c->state, axes, shape, c->type, c->itemsize), NULL);
-    return *array && describe(c, (PyArrayObject *)*array, features != NO_FEATURES, view);
+    const bool has_features = features != NO_FEATURES;
+    *array = hold(c,
+                  new_result(c->state, axes, shape, has_features ? c->type : c->lse_type,
+                             has_features ? c->itemsize : c->lse_itemsize),
+                  NULL);
+    return *array && describe(c, (PyArrayObject *)*array, has_features, view);
 }
 
 static bool check_features(const char *name, int64_t features) {
@@ -789,7 +822,7 @@ static bool check_features(const char *name, int64_t features) {
 static bool read_leader(call *c, PyObject *object, const char *name, const char *shape) {
     cmb_problem *p = &c->problem;
     PyArrayObject *array = hold(c, to_array(object, name, real_array), name);
-    if (!array || !check_type(c, array, name))
+    if (!array || !check_type(c, array, name, true))
         return false;
     c->leader = name;
     c->axes = PyArray_NDIM(array);
@@ -1067,7 +1100,7 @@ static bool read_out(call *c, PyObject *object, npy_intp heads, npy_intp rows, n
     PyArrayObject *out = hold(c, to_array(object, "out", real_array), NULL);
     npy_intp expected[MAX_AXES];
     int axes = shape_of(c, heads, rows, features, expected);
-    if (!out || !check_type(c, out, "out") || !check_shape(c, out, "out", axes, expected))
+    if (!out || !check_type(c, out, "out", true) || !check_shape(c, out, "out", axes, expected))
         return false;
     if (!PyArray_ISWRITEABLE(out)) {
         PyErr_SetString(PyExc_ValueError, "out must be writeable, got a read-only array");
@@ -1259,7 +1292,7 @@ static bool read_rows(call *c, PyObject *x, cmb_clustering *p) {
 /* Their number is what the axis before the last of the array holds. */
 static bool read_centroids(call *c, PyObject *object, cmb_clustering *p) {
     PyArrayObject *array = hold(c, to_array(object, "centroids", real_array), "centroids");
-    if (!array || !check_type(c, array, "centroids"))
+    if (!array || !check_type(c, array, "centroids", true))
         return false;
     npy_intp expected[MAX_AXES];
     int axes = shape_of(c, p->H, CLUSTERS, p->D, expected);

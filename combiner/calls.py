@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from . import _core
 from .patterns import Mixture, Plans, segment_plans
-from .plan import Array, as_integer
+from .plan import Array, as_integer, widened
 
 Saved: TypeAlias = dict[str, Any]
 Dropout: TypeAlias = tuple[float, int, Array | None]  # probability, seed, rows of the components before, by segment
@@ -126,8 +126,10 @@ def mean_forward(inputs: Inputs, *, out: Array | None = None, function: str | No
         (own, *_), own_saved = _run(BOTH, component, None, out if is_last else None, function)
         if function is not None:
             saved["components"].append(({**own_saved, "out": own.copy()}, regions))
-        total = own if total is None else np.add(total, own, out=own)
-    return np.divide(total, len(components), out=total), saved
+        wide = widened(own)
+        total = wide if total is None else np.add(total, wide, out=wide)
+    np.divide(total, len(components), out=own, casting="same_kind")
+    return own, saved
 
 
 def mean_backward(function: str, saved: Saved, grad_out: Array) -> list[Array | None]:
@@ -136,11 +138,13 @@ def mean_backward(function: str, saved: Saved, grad_out: Array) -> list[Array | 
     for component, regions in saved["components"]:
         own = list(backward(BOTH, function, component, grad_out, None, None, None)[:5])
         own[3:] = (_put(x, regions, saved["region_count"]) for x in own[3:])
-        for x, y in zip(total, own, strict=True) if total else ():
+        wide = [x if x is None else widened(x) for x in own]
+        for x, y in zip(total, wide, strict=True) if total else ():
             if x is not None:
                 x += y
-        total = total or own
-    return [x if x is None else np.divide(x, len(saved["components"]), out=x) for x in total]
+        total = total or wide
+    count, dtype = len(saved["components"]), grad_out.dtype
+    return [x if x is None else np.divide(x, count, out=x).astype(dtype, copy=False) for x in total]
 
 
 Regions: TypeAlias = slice | npt.NDArray[np.int64]  # one component's part of the region axis

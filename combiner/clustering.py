@@ -5,8 +5,9 @@ The Routing Transformer (Roy et al., "Efficient Content-Based Sparse Attention w
 section 4.1) assigns positions to clusters by k-means on the unit sphere, and moves the centroids a little with every
 batch that it trains on. Letters: L rows, D features, n clusters. What every function here has in common:
 
-- x is `[..., L, D]`, float32 or float64, and every `[L, D]` in it is clustered alone. A view with any strides is taken
-  without a copy as long as its last axis is contiguous. Inputs are never written.
+- x is `[..., L, D]`, of a dtype that `attention` takes, and every `[L, D]` in it is clustered alone. A view with any
+  strides is taken without a copy as long as its last axis is contiguous; a 16-bit dtype is copied as float32, which its
+  centroids are too. Inputs are never written.
 - A row's direction is the row at unit length. A row of zeros, or with a NaN or Inf, has none: it is as similar, 0, to
   every centroid, and moves none. The similarity of a row and a centroid is the dot product of their directions.
 - What k-means or a balanced assignment makes of a row depends on all rows. A causal model, which must not see what
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from . import _core
 from .interchange import any_library
-from .plan import Array, as_integer
+from .plan import Array, as_integer, is_real, widened
 
 
 @any_library
@@ -31,7 +32,7 @@ def cluster(x: Array, n: int, *, iterations: int = 10, balanced: bool = False, s
 
     Parameters
     ----------
-    x : `[..., L, D]`, float32 or float64; 1 <= D <= 1024.
+    x : `[..., L, D]`, of a dtype that `attention` takes; 1 <= D <= 1024.
     n : clusters, from 1 to L (any number where L is 0); some may stay empty unless `balanced`.
     iterations : rounds of k-means, 0 or more; none is made after one that changes nothing.
     balanced : whether sizes may differ by at most one.
@@ -51,7 +52,7 @@ def cluster(x: Array, n: int, *, iterations: int = 10, balanced: bool = False, s
     many as threads, or as fit 12 MB.
     """
     numbers = as_integer("n", n, 1), as_integer("iterations", iterations, 0), as_integer("seed", seed, 0)
-    return _core.cluster(x, *numbers, balanced, False)
+    return _core.cluster(_wide(x), *numbers, balanced, False)
 
 
 @any_library
@@ -69,7 +70,7 @@ def fit_centroids(x: Array, n: int, *, iterations: int = 10, seed: int = 0) -> A
 
     Returns
     -------
-    centroids : `[..., n, D]`, the dtype of x
+    centroids : `[..., n, D]`, the dtype of x, or float32
 
     Raises
     ------
@@ -80,7 +81,7 @@ def fit_centroids(x: Array, n: int, *, iterations: int = 10, seed: int = 0) -> A
     Time and memory as `cluster`.
     """
     numbers = as_integer("n", n, 1), as_integer("iterations", iterations, 0), as_integer("seed", seed, 0)
-    return _core.cluster(x, *numbers, False, True)
+    return _core.cluster(_wide(x), *numbers, False, True)
 
 
 @any_library
@@ -93,9 +94,9 @@ def assign_clusters(x: Array, centroids: Array, *, balanced: bool = False) -> Ar
 
     Parameters
     ----------
-    x : `[..., L, D]`, float32 or float64; 1 <= D <= 1024.
-    centroids : `[..., n, D]`, x's leading axes and dtype, of any length. One set for all of a batch may be a view that
-        ``numpy.broadcast_to`` makes.
+    x : `[..., L, D]`, of a dtype that `attention` takes; 1 <= D <= 1024.
+    centroids : `[..., n, D]`, x's leading axes and dtype (or float32), of any length. One set for all of a batch may be
+        a view that ``numpy.broadcast_to`` makes.
     balanced : whether sizes may differ by at most one.
 
     Returns
@@ -110,7 +111,7 @@ def assign_clusters(x: Array, centroids: Array, *, balanced: bool = False) -> Ar
     -----
     Time O(L n D), balanced about twice that; memory as `cluster`.
     """
-    return _core.assign(x, centroids, balanced)
+    return _core.assign(_wide(x), _wide(centroids), balanced)
 
 
 @any_library
@@ -124,8 +125,10 @@ def update_centroids(centroids: Array, x: Array, clusters: Array, *, decay: floa
 
     Parameters
     ----------
-    centroids : `[..., n, D]`, x's leading axes and dtype; unit vectors, as `fit_centroids` and this function return.
-    x : `[..., L, D]`, float32 or float64; 1 <= D <= 1024. To move one set with all of a batch, give its rows one axis.
+    centroids : `[..., n, D]`, x's leading axes and dtype (or float32); unit vectors, as `fit_centroids` and this
+        function return.
+    x : `[..., L, D]`, of a dtype that `attention` takes; 1 <= D <= 1024. To move one set with all of a batch, give its
+        rows one axis.
     clusters : `[..., L]`, integers from 0 to n - 1, as `assign_clusters` makes them.
     decay : from 0, where the old centroid counts for nothing, to 1.
 
@@ -141,4 +144,8 @@ def update_centroids(centroids: Array, x: Array, clusters: Array, *, decay: floa
     -----
     Time and memory beyond the arrays O(L D + n D).
     """
-    return _core.update_centroids(centroids, x, clusters, decay)
+    return _core.update_centroids(_wide(centroids), _wide(x), clusters, decay)
+
+
+def _wide(x: Array) -> Array:
+    return widened(x) if is_real(x) else x  # what is none is for the core to refuse

@@ -25,7 +25,7 @@ import numpy as np
 from .functional import Summary, attend, summarize
 from .interchange import any_library
 from .patterns import AnyPattern, Axial, AxialMixture, Dense, Factorization, Fixed, LogSparse, Sparse, Tree
-from .plan import Array, Plan
+from .plan import REAL_ARRAY, Array, Plan
 
 _LONGEST = 1 << 30  # positions of a sequence
 _LARGE = 1024  # rows: to attend more takes longer than to make a plan, which is not kept then
@@ -501,7 +501,7 @@ class Decoder:
 
         Parameters
         ----------
-        query : `[..., Hq, n, D]` or `[n, D]`, float32 or float64; any n >= 0, here and in `step`.
+        query : `[..., Hq, n, D]` or `[n, D]`, of a dtype that `attention` takes; any n >= 0, here and in `step`.
         key : `[..., Hk, n, D]` or `[n, D]`, the same dtype.
         value : `[..., Hk, n, Dv]` or `[n, Dv]`, the same dtype.
 
@@ -601,7 +601,7 @@ def _array(name: str, x: Array) -> Array:
     if type(x) is np.ndarray:
         return x
     if isinstance(x, np.ma.MaskedArray) or not hasattr(x, "__array__"):
-        raise TypeError(f"{name} must be a float32 or float64 NumPy array, got {type(x).__name__}")
+        raise TypeError(f"{name} must be {REAL_ARRAY}, got {type(x).__name__}")
     return np.asarray(x)
 
 

@@ -5,9 +5,11 @@ Ren et al., "Combiner: Full Attention Transformer with Sparse Computation Cost",
 equation numbers are the paper's. Letters: Hq query heads, Hk key / value heads, L positions, D features of query and
 key, Dv of value, R regions of the plan. What every function here has in common:
 
-- Arrays are `[..., heads, L, features]` with equal leading axes, or `[L, features]` each; float32 or float64, never
-  mixed; Hq is a multiple of Hk, and query head h uses key head ``h // (Hq // Hk)``. A view with any strides is taken
-  without a copy as long as its last axis is contiguous. Inputs are never written.
+- Arrays are `[..., heads, L, features]` with equal leading axes, or `[L, features]` each; Hq is a multiple of Hk, and
+  query head h uses key head ``h // (Hq // Hk)``. A view with any strides is taken without a copy as long as its last
+  axis is contiguous. Inputs are never written.
+- Their dtypes are float32, float64, float16 or bfloat16 (of the package ml_dtypes), never mixed; results are of the
+  inputs' dtype. With the 16-bit ones sums and softmaxes are float32, and so is every lse.
 - Arrays are NumPy's or, all alike, another library's on the CPU (PyTorch's, JAX's, any with DLPack): these are taken
   without a copy too, and results are of the same library. For gradients and tracing there are the adapters.
 - Functions may be called from any thread at once and release the GIL. Ctrl-C ends a call within 0.1 s. Results have
@@ -28,7 +30,7 @@ from . import calls
 from .calls import ATTEND, BOTH, SUMMARIZE, Inputs, Saved
 from .interchange import any_library
 from .patterns import AnyPattern, Mixture
-from .plan import Array
+from .plan import REAL_ARRAY, Array, is_real, widened
 
 
 class AttendOptions(TypedDict, total=False):
@@ -126,7 +128,7 @@ def attention(
 
     Parameters
     ----------
-    query : `[..., Hq, L, D]` or `[L, D]`, float32 or float64; 1 <= D <= 1024.
+    query : `[..., Hq, L, D]` or `[L, D]`, of one of the four dtypes; 1 <= D <= 1024.
     key : `[..., Hk, L, D]` or `[L, D]`, the same dtype.
     value : `[..., Hk, L, Dv]` or `[L, Dv]`, the same dtype; 1 <= Dv <= 1024.
     pattern : how each query's support is factorised: a pattern such as `Fixed`, or a `Plan` for length L, or a tuple of
@@ -399,8 +401,9 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
 
     Parameters
     ----------
-    out_a, out_b : `[..., Dv]`, the same shape and dtype, float32 or float64.
-    lse_a, lse_b : `[...]`, the same shape without the last axis; -inf where nothing was attended.
+    out_a, out_b : `[..., Dv]`, the same shape and dtype.
+    lse_a, lse_b : `[...]`, the same shape without the last axis, float64 for float64, else float32; -inf where nothing
+        was attended.
 
     Notes
     -----
@@ -408,18 +411,20 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
     are empty; no overflow whatever the sizes of the lse.
     """
     for name, x in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
-        if not isinstance(x, np.ndarray) or x.dtype not in (np.float32, np.float64):
+        if not is_real(x):
             got = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
-            raise TypeError(f"{name} must be a float32 or float64 NumPy array, got {got}")
-        if x.dtype != out_a.dtype:
-            raise TypeError(f"{name} must be {out_a.dtype} like out_a, got {x.dtype}")
+            raise TypeError(f"{name} must be {REAL_ARRAY}, got {got}")
+        dtype = out_a.dtype if name.startswith("out") or out_a.dtype.itemsize > 2 else np.dtype(np.float32)
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} like out_a, got {x.dtype}")
         shape = out_a.shape if name.startswith("out") else out_a.shape[:-1]
         if x.shape != shape or not out_a.ndim:
             raise ValueError(f"{name} must have shape {shape if out_a.ndim else '(..., Dv)'}, got {x.shape}")
     lse = np.logaddexp(lse_a, lse_b)
     with np.errstate(invalid="ignore"):  # -inf - -inf, where neither side attends to anything
         weight_a, weight_b = (np.where(x == -np.inf, x.dtype.type(0), np.exp(x - lse)) for x in (lse_a, lse_b))
-    return weight_a[..., None] * out_a + weight_b[..., None] * out_b, lse
+    out = weight_a[..., None] * widened(out_a) + weight_b[..., None] * widened(out_b)
+    return out.astype(out_a.dtype, copy=False), lse
 
 
 @any_library

@@ -88,7 +88,9 @@ class _Library:
         try:
             if x.__dlpack_device__()[0] == _CPU:
                 if str(x.dtype).endswith("bfloat16"):
-                    return np.from_dlpack(x.view(self._namespace.int16)).view("bfloat16")
+                    import ml_dtypes
+
+                    return np.from_dlpack(x.view(self._namespace.int16)).view(ml_dtypes.bfloat16)
                 return np.from_dlpack(x)
         except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(

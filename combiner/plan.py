@@ -6,7 +6,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
-from typing import Any, Literal, Self, TypeAlias, cast
+from typing import Any, Literal, Self, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ from . import _core
 Array: TypeAlias = npt.NDArray[Any]
 Pooling: TypeAlias = Literal["max", "mean", "sum"]
 Lists: TypeAlias = Sequence[Sequence[int]] | Sequence[Array] | tuple[Array, Array]
+
+REAL_ARRAY = "a float32, float64, bfloat16 or float16 NumPy array"
 
 POOLINGS = ("max", "mean", "sum", "first")  # as numbered in combiner.h
 COVERS = ("any", "full", "partition")  # the same
@@ -202,6 +204,16 @@ class Plan(_core.Plan):
             f"Plan(length={self.length}, is_causal={self.is_causal}, regions={self.region_count}, "
             f"pooling={self.pooling!r}, size_bias={self.size_bias}, nbytes={self.nbytes})"
         )
+
+
+def is_real(x: object) -> TypeGuard[Array]:
+    """Whether `x` is a NumPy array of a dtype that the library computes with."""
+    return isinstance(x, np.ndarray) and (x.dtype in (np.float32, np.float64, np.float16) or x.dtype.name == "bfloat16")
+
+
+def widened(x: Array) -> Array:
+    """The numbers of a 16-bit dtype as float32; others as they are."""
+    return x.astype(np.float32) if x.dtype.itemsize == 2 else x
 
 
 def as_integer(name: str, value: object, least: int, *, bits: int = 63) -> int:

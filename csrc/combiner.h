@@ -186,7 +186,8 @@ size_t cmb_plan_bytes(const cmb_plan *plan);
 
 /* ---- attention ---------------------------------------------------------------------------------- */
 
-typedef enum { CMB_FLOAT32, CMB_FLOAT64 } cmb_dtype;
+/* Of the 16-bit ones rows are read and written; what is computed, and every lse, is float32. */
+typedef enum { CMB_FLOAT32, CMB_FLOAT64, CMB_BFLOAT16, CMB_FLOAT16 } cmb_dtype;
 
 /* A strided array [B, heads, rows, features] with contiguous features; strides count elements and may be
  * zero or negative. Arrays without a feature axis (lse) have `row` as their last. An array with Hk heads
@@ -310,8 +311,8 @@ __attribute__((visibility("default"))) int cmb_get_num_threads(void); /* threadp
 /* Ends the pool's threads and waits for them; the next call starts new ones. */
 void cmb_stop_threads(void);
 
-/* Instruction sets, lowest first: "base", then "avx2", "avx512" or "neon". The highest the machine has is
- * used unless COMBINER_ISA or this call names another; a name in COMBINER_ISA that the machine lacks is ignored. */
+/* Instruction sets, lowest first: "base", then "avx2", "avx512", "avx512_bf16" or "neon". The highest the machine has
+ * is used unless COMBINER_ISA or this call names another; a name in COMBINER_ISA that the machine lacks is ignored. */
 int cmb_isa_count(void);             /* those this machine can run */
 const char *cmb_isa_name(int index); /* 0 <= index < cmb_isa_count() */
 const char *cmb_get_isa(void);

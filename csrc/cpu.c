@@ -21,19 +21,23 @@
 /* ---- instruction sets --------------------------------------------------------------------------- */
 
 static const char *const isa_name[] = {
-    [CMB_ISA_BASE] = "base", [CMB_ISA_AVX2] = "avx2", [CMB_ISA_AVX512] = "avx512", [CMB_ISA_NEON] = "neon"};
+    [CMB_ISA_BASE] = "base",     [CMB_ISA_AVX2] = "avx2",
+    [CMB_ISA_AVX512] = "avx512", [CMB_ISA_AVX512_BF16] = "avx512_bf16",
+    [CMB_ISA_NEON] = "neon",
+};
 
 /* Lowest first; a machine that runs one runs all before it. */
 #if defined(__x86_64__)
-static const cmb_isa ladder[] = {CMB_ISA_BASE, CMB_ISA_AVX2, CMB_ISA_AVX512};
+static const cmb_isa ladder[] = {CMB_ISA_BASE, CMB_ISA_AVX2, CMB_ISA_AVX512, CMB_ISA_AVX512_BF16};
 
 /* How far up the ladder the processor goes AND the system saves the registers: a kernel or a hypervisor
  * that does not leaves the cpuid bits set. */
 static int detect(void) {
     const uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28;
     const uint32_t avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* f, dq, bw, vl */
+    const uint32_t bf16 = 1u << 5;
     const uint32_t ymm = 0x6, zmm = 0xe6;
-    uint32_t a, b, c, d, features, saved;
+    uint32_t a, b, c, d, features, more, saved;
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (fma | osxsave | avx)) != (fma | osxsave | avx))
         return 1;
     if (!__get_cpuid_count(7, 0, &a, &features, &c, &d))
@@ -41,7 +45,9 @@ static int detect(void) {
     __asm__ volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
     if (!(features & avx2) || (saved & ymm) != ymm)
         return 1;
-    return (features & avx512) == avx512 && (saved & zmm) == zmm ? 3 : 2;
+    if ((features & avx512) != avx512 || (saved & zmm) != zmm)
+        return 2;
+    return __get_cpuid_count(7, 1, &more, &b, &c, &d) && more & bf16 ? 4 : 3;
 }
 #elif defined(__aarch64__)
 static const cmb_isa ladder[] = {CMB_ISA_BASE, CMB_ISA_NEON};

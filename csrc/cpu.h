@@ -3,7 +3,7 @@
 #ifndef CMB_CPU_H
 #define CMB_CPU_H
 
-typedef enum { CMB_ISA_BASE, CMB_ISA_AVX2, CMB_ISA_AVX512, CMB_ISA_NEON } cmb_isa;
+typedef enum { CMB_ISA_BASE, CMB_ISA_AVX2, CMB_ISA_AVX512, CMB_ISA_AVX512_BF16, CMB_ISA_NEON } cmb_isa;
 
 /* The instruction set whose kernels run: read it once per call, so that a call never mixes two. */
 cmb_isa cmb_isa_current(void);

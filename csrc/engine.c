@@ -87,8 +87,8 @@ static cmb_status check_segments(const cmb_problem *p, cmb_error *error) {
 }
 
 static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *error) {
-    if (p->dtype != CMB_FLOAT32 && p->dtype != CMB_FLOAT64)
-        return cmb_fail(error, CMB_ERR_VALUE, "dtype must be CMB_FLOAT32 or CMB_FLOAT64, got %d", (int)p->dtype);
+    if (p->dtype < CMB_FLOAT32 || p->dtype > CMB_FLOAT16)
+        return cmb_fail(error, CMB_ERR_VALUE, "dtype must be between 0 and 3, got %d", (int)p->dtype);
     if (p->stages < CMB_SUMMARIZE || p->stages > CMB_BOTH)
         return cmb_fail(error, CMB_ERR_VALUE, "stages must be 1, 2 or 3, got %d", (int)p->stages);
     const struct {
@@ -195,10 +195,15 @@ void *cmb_take(cmb_arena *arena, size_t count, size_t size) {
     return taken;
 }
 
-/* The region tables of one head in flight: what the caller did not bring. */
+/* The tables of one head in flight: of regions what the caller did not bring; and where his elements are narrower
+ * than those computed with, whatever is written. */
 typedef struct {
     void *query, *key, *value, *lse;
     void *query_grad, *key_grad, *value_grad;
+    struct {
+        void *result;
+        void *query_grad, *key_grad, *value_grad;
+    } position;
     int32_t *count, *pick;
     struct {
         uint8_t *query, *key, *value, *region_query, *region_key, *region_value;
@@ -209,6 +214,7 @@ typedef struct {
     const cmb_problem *problem;
     const cmb_gradients *gradients;
     const cmb_stage_table *stage;
+    bool widens;               /* the caller's elements are narrower than those computed with */
     int64_t L, R, N, children; /* the largest of the segments' and plans' */
     int64_t segments;
     segment *segment; /* [segments] */
@@ -228,7 +234,8 @@ static bool keeps_key(const cmb_problem *p) { return p->summary_key.data && p->p
 static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
     const cmb_problem *p = run->problem;
     const size_t R = (size_t)run->R, r = run->stage->size, d = (size_t)p->D * r, dv = (size_t)p->Dv * r;
-    const bool summarize = p->stages & CMB_SUMMARIZE;
+    const size_t wide_L = run->widens ? (size_t)run->L : 0;
+    const bool summarize = p->stages & CMB_SUMMARIZE, attend = p->stages & CMB_ATTEND;
     segment *segments = cmb_take(arena, (size_t)run->segments, sizeof *segments);
     tables *table = cmb_take(arena, (size_t)run->slots, sizeof *table);
     cmb_scratch **scratch = cmb_take(arena, (size_t)run->workers, sizeof *scratch);
@@ -237,19 +244,25 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
         tables t = {0};
         t.count = cmb_take(arena, R, sizeof(int32_t));
         t.pick = cmb_take(arena, R, sizeof(int32_t));
-        if (summarize && !p->region_query.data)
+        if (summarize && (run->widens || !p->region_query.data))
             t.query = cmb_take(arena, R, d);
-        if (summarize && !p->region_key.data && !keeps_key(p))
+        if (run->widens || (summarize && !p->region_key.data && !keeps_key(p)))
             t.key = cmb_take(arena, R, d);
-        if (!p->summary_value.data)
+        if (run->widens || !p->summary_value.data)
             t.value = cmb_take(arena, R, dv);
         if (!p->summary_lse.data)
             t.lse = cmb_take(arena, R, r);
-        if (backward && summarize) {
+        if (backward && (run->widens || summarize)) {
             t.query_grad = cmb_take(arena, R, d);
             t.key_grad = cmb_take(arena, R, d);
             t.value_grad = cmb_take(arena, R, dv);
         }
+        if (backward) {
+            t.position.query_grad = cmb_take(arena, wide_L, d);
+            t.position.key_grad = cmb_take(arena, wide_L, d);
+            t.position.value_grad = cmb_take(arena, wide_L, dv);
+        } else if (attend)
+            t.position.result = cmb_take(arena, wide_L, dv);
         if (backward) {
             uint8_t **const stale[] = {&t.stale.query,        &t.stale.key,        &t.stale.value,
                                        &t.stale.region_query, &t.stale.region_key, &t.stale.region_value};
@@ -280,7 +293,14 @@ static const int64_t bytes_in_flight = 12 << 20;
 
 static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *gradients, bool backward) {
     *run = (schedule){.problem = p, .gradients = gradients, .segments = segments_of(p)};
-    run->stage = p->dtype == CMB_FLOAT32 ? cmb_stages_f32() : cmb_stages_f64();
+    static const cmb_stage_table *(*const stages[])(void) = {
+        [CMB_FLOAT32] = cmb_stages_f32,
+        [CMB_FLOAT64] = cmb_stages_f64,
+        [CMB_BFLOAT16] = cmb_stages_bf16,
+        [CMB_FLOAT16] = cmb_stages_f16,
+    };
+    run->stage = stages[p->dtype]();
+    run->widens = run->stage->stored_size < run->stage->size;
     for (int64_t s = 0; s < run->segments; s++) {
         const segment it = segment_of(p, s, 0);
         run->L = it.L > run->L ? it.L : run->L;
@@ -328,7 +348,7 @@ static unit unit_of(const schedule *run, int64_t n, int64_t heads) {
 
 static cmb_rows dense(void *data, int64_t row) { return (cmb_rows){.data = data, .row = row}; }
 
-/* Rows first, .. of what query head h of batch entry b reads of an array. */
+/* Rows first, .. of what the unit's query head reads of an array with elements of `size` bytes. */
 static cmb_rows rows_of(const cmb_problem *p, const cmb_array *array, size_t size, const unit *u, int64_t first) {
     if (!array->data)
         return (cmb_rows){0};
@@ -336,13 +356,22 @@ static cmb_rows rows_of(const cmb_problem *p, const cmb_array *array, size_t siz
     return dense((char *)array->data + at * (int64_t)size, array->row);
 }
 
-/* The rows of positions, and of regions where the caller has an array of them, else the table's own. */
+/* The caller's rows of positions and of regions, as stored; of lse as computed. */
 static cmb_rows positions(const schedule *run, const cmb_array *array, const unit *u) {
+    return rows_of(run->problem, array, run->stage->stored_size, u, u->segment.first);
+}
+
+static cmb_rows regions(const schedule *run, const cmb_array *array, const unit *u) {
+    return rows_of(run->problem, array, run->stage->stored_size, u, u->segment.region);
+}
+
+static cmb_rows position_lse(const schedule *run, const cmb_array *array, const unit *u) {
     return rows_of(run->problem, array, run->stage->size, u, u->segment.first);
 }
 
-static cmb_rows regions(const schedule *run, const cmb_array *array, const unit *u, void *own, int64_t dim) {
-    return array->data ? rows_of(run->problem, array, run->stage->size, u, u->segment.region) : dense(own, dim);
+/* The caller's rows where there are any to compute with, else the table's own. */
+static cmb_rows computed(const schedule *run, cmb_rows caller, void *own, int64_t dim) {
+    return caller.data && !run->widens ? caller : dense(own, dim);
 }
 
 static cmb_dropout dropout_of(const cmb_problem *p, const unit *u) {
@@ -354,6 +383,11 @@ static cmb_dropout dropout_of(const cmb_problem *p, const unit *u) {
         .row = p->dropout_row ? (uint32_t)p->dropout_row[u->s] : 0,
         .seed = p->seed,
     };
+}
+
+/* Where k_R is, or is to be kept. */
+static const cmb_array *region_key_of(const cmb_problem *p) {
+    return !(p->stages & CMB_SUMMARIZE) || (!p->region_key.data && keeps_key(p)) ? &p->summary_key : &p->region_key;
 }
 
 static cmb_head make_head(const schedule *run, const tables *t, const unit *u) {
@@ -384,14 +418,15 @@ static cmb_head make_head(const schedule *run, const tables *t, const unit *u) {
         .query = positions(run, &p->query, u),
         .key = positions(run, &p->key, u),
         .value = positions(run, &p->value, u),
-        .region_query = regions(run, &p->region_query, u, t->query, p->D),
-        .region_value = regions(run, &p->summary_value, u, t->value, p->Dv),
-        .region_lse = regions(run, &p->summary_lse, u, t->lse, 1),
+        .region_query = computed(run, regions(run, &p->region_query, u), t->query, p->D),
+        .region_key = computed(run, regions(run, region_key_of(p), u), t->key, p->D),
+        .region_value = computed(run, regions(run, &p->summary_value, u), t->value, p->Dv),
+        .region_lse = p->summary_lse.data ? rows_of(p, &p->summary_lse, run->stage->size, u, u->segment.region)
+                                          : dense(t->lse, 1),
         .out = positions(run, &p->out, u),
-        .lse = positions(run, &p->lse, u),
+        .lse = position_lse(run, &p->lse, u),
     };
-    const bool is_summary = !summarize || (weighted && p->summary_key.data);
-    head.region_key = regions(run, is_summary ? &p->summary_key : &p->region_key, u, t->key, p->D);
+    head.result = computed(run, head.out, t->position.result, p->Dv);
     head.counted = !head.all_live || plan->size_bias || plan->pooling == CMB_POOL_MEAN || plan->pooling == CMB_POOL_SUM;
     return head;
 }
@@ -403,6 +438,21 @@ static cmb_head flying_head(const schedule *run, int64_t slot) {
     return make_head(run, &run->table[slot], &u);
 }
 
+/* What the caller brings of the regions, as it is computed with. */
+static void widen_regions(const schedule *run, const cmb_head *head, const unit *u, bool backward, int worker) {
+    const cmb_problem *p = run->problem;
+    if (!run->widens)
+        return;
+    const bool attend_alone = !(p->stages & CMB_SUMMARIZE);
+    const cmb_array *query = &p->region_query, *key = region_key_of(p), *value = &p->summary_value;
+    if (query->data && !attend_alone)
+        run->stage->widen(head->R, head->D, regions(run, query, u), head->region_query, run->scratch[worker]);
+    if (key->data && (key == &p->region_key || attend_alone || backward))
+        run->stage->widen(head->R, head->D, regions(run, key, u), head->region_key, run->scratch[worker]);
+    if (value->data && (attend_alone || backward))
+        run->stage->widen(head->R, head->Dv, regions(run, value, u), head->region_value, run->scratch[worker]);
+}
+
 static void clear_counts(const cmb_head *head) {
     memset(head->count, 0, (size_t)head->plan->R * sizeof(int32_t));
     memset(head->pick, 0, (size_t)head->plan->R * sizeof(int32_t));
@@ -410,9 +460,10 @@ static void clear_counts(const cmb_head *head) {
 
 static void begin_head(void *context, int64_t slot, int worker) {
     const schedule *run = context;
-    (void)worker;
-    const cmb_head head = flying_head(run, slot);
+    const unit u = unit_of(run, run->first + slot, run->problem->Hq);
+    const cmb_head head = make_head(run, &run->table[slot], &u);
     clear_counts(&head);
+    widen_regions(run, &head, &u, false, worker);
     if (head.stages & CMB_ATTEND)
         run->stage->begin(head.L, head.lse);
     if (head.stages & CMB_SUMMARIZE)
@@ -432,22 +483,34 @@ static void forward_task(void *context, int64_t index, int worker) {
     run->stage->tiles(&head, task, run->scratch[worker], run->cancel, worker);
 }
 
+/* Rows that are done, into the caller's narrower ones. */
+static void narrow(const schedule *run, int64_t n, int64_t dim, cmb_rows from, cmb_rows to, int worker) {
+    if (run->widens && to.data)
+        run->stage->narrow(n, dim, from, to, run->scratch[worker]);
+}
+
 static void end_head(void *context, int64_t slot, int worker) {
     const schedule *run = context;
     const cmb_problem *p = run->problem;
-    (void)worker;
     const unit u = unit_of(run, run->first + slot, p->Hq);
     const cmb_head head = make_head(run, &run->table[slot], &u);
-    if (head.stages & CMB_ATTEND)
-        run->stage->finish(head.L, head.lse, head.out, head.Dv, (cmb_rows){0}, 0);
+    if (head.stages & CMB_ATTEND) {
+        run->stage->finish(head.L, head.lse, head.result, head.Dv, (cmb_rows){0}, 0);
+        narrow(run, head.L, head.Dv, head.result, head.out, worker);
+    }
     if (!(head.stages & CMB_SUMMARIZE))
         return;
-    if (p->summary_value.data)
+    const cmb_rows summary_key = regions(run, &p->summary_key, &u);
+    if (p->summary_value.data) {
         run->stage->finish(head.R, head.region_lse, head.region_value, head.Dv,
                            head.weighted ? head.region_key : (cmb_rows){0}, head.D);
+        narrow(run, head.R, head.Dv, head.region_value, regions(run, &p->summary_value, &u), worker);
+        if (head.weighted)
+            narrow(run, head.R, head.D, head.region_key, summary_key, worker);
+    }
     const bool owner = p->summary_key.data && u.h % (p->Hq / p->summary_key.heads) == 0;
     if (p->stages == CMB_SUMMARIZE && owner && !head.weighted)
-        run->stage->copy_region_keys(&head, head.R, regions(run, &p->summary_key, &u, NULL, 0));
+        run->stage->copy_region_keys(&head, head.R, summary_key, run->scratch[worker]);
 }
 
 static void forward(schedule *run) {
@@ -494,55 +557,65 @@ static void settle(const schedule *run, cmb_rows rows, int worker) {
 }
 
 /* Where a head's gradients go; those that query heads of a group share are begun by the first of them. */
-static void begin_gradients(const schedule *run, cmb_head *head, const tables *t, const unit *u) {
+static void begin_gradients(const schedule *run, cmb_head *head, const tables *t, const unit *u, int worker) {
     const cmb_problem *p = run->problem;
     const cmb_gradients *g = run->gradients;
-    const int64_t L = head->L, R = head->R, group = p->Hq / p->Hk;
+    const int64_t L = head->L, R = head->R, D = p->D, Dv = p->Dv, group = p->Hq / p->Hk;
     const bool summarize = p->stages & CMB_SUMMARIZE, first = u->h % group == 0;
-    head->grad.query = zeroed(positions(run, &g->query, u), L, p->D, t->stale.query, true);
-    head->grad.key = zeroed(positions(run, &g->key, u), L, p->D, t->stale.key, first);
-    head->grad.value = zeroed(positions(run, &g->value, u), L, p->Dv, t->stale.value, first);
+    const cmb_rows query = computed(run, positions(run, &g->query, u), t->position.query_grad, D);
+    const cmb_rows key = computed(run, positions(run, &g->key, u), t->position.key_grad, D);
+    const cmb_rows value = computed(run, positions(run, &g->value, u), t->position.value_grad, Dv);
+    head->grad.query = zeroed(query, L, D, t->stale.query, true);
+    head->grad.key = zeroed(key, L, D, t->stale.key, first);
+    head->grad.value = zeroed(value, L, Dv, t->stale.value, first);
     head->grad.out = positions(run, &g->out, u);
-    head->grad.lse = positions(run, &g->lse, u);
-    const cmb_rows summary_key = regions(run, &g->summary_key, u, NULL, 0);
-    const cmb_rows summary_value = regions(run, &g->summary_value, u, NULL, 0);
-    if (!summarize) {
-        const bool own_key = first || p->summary_key.heads == p->Hq;
-        head->grad.region_key = zeroed(summary_key, R, p->D, t->stale.region_key, own_key);
-        head->grad.region_value = zeroed(summary_value, R, p->Dv, t->stale.region_value, true);
+    head->grad.lse = position_lse(run, &g->lse, u);
+
+    /* Written gradients go to the caller; of those that are read stage 1 makes its own sums, from what it is given. */
+    const cmb_rows summary_key = regions(run, &g->summary_key, u), summary_value = regions(run, &g->summary_value, u);
+    const cmb_rows none = {0};
+    const cmb_rows region_query = p->region_query.data ? regions(run, &g->region_query, u) : none;
+    const cmb_rows region_key = !summarize ? summary_key : p->region_key.data ? regions(run, &g->region_key, u) : none;
+    const cmb_array *given_key = summarize ? &p->region_key : &p->summary_key;
+    const bool own_key = first || !given_key->data || given_key->heads == p->Hq;
+    head->grad.region_key = zeroed(computed(run, region_key, t->key_grad, D), R, D, t->stale.region_key, own_key);
+    head->grad.region_value =
+        zeroed(computed(run, summarize ? none : summary_value, t->value_grad, Dv), R, Dv, t->stale.region_value, true);
+    if (!summarize)
         return;
-    }
-    const cmb_array absent = {0};
-    const bool shared_key = p->region_key.data && !first && p->region_key.heads != p->Hq;
+    head->grad.region_query = zeroed(computed(run, region_query, t->query_grad, D), R, D, t->stale.region_query, true);
     /* A summary_key of Hk heads is one thing to a group, so its gradient enters once. */
     const bool enters = g->summary_key.data && u->h % (p->Hq / g->summary_key.heads) == 0;
-    head->grad.region_query =
-        zeroed(regions(run, p->region_query.data ? &g->region_query : &absent, u, t->query_grad, p->D), R, p->D,
-               t->stale.region_query, true);
-    head->grad.region_key = zeroed(regions(run, p->region_key.data ? &g->region_key : &absent, u, t->key_grad, p->D), R,
-                                   p->D, t->stale.region_key, !shared_key);
-    head->grad.region_value = zeroed(dense(t->value_grad, p->Dv), R, p->Dv, t->stale.region_value, true);
     if (enters)
-        run->stage->begin_gradient(R, head->region_lse, summary_key, head->grad.region_key);
+        run->stage->begin_gradient(R, head->region_lse, summary_key, head->grad.region_key, run->scratch[worker]);
     if (summary_value.data)
-        run->stage->begin_gradient(R, head->region_lse, summary_value, head->grad.region_value);
+        run->stage->begin_gradient(R, head->region_lse, summary_value, head->grad.region_value, run->scratch[worker]);
 }
 
-/* Zeros in what no task met, of the caller's arrays; those of a group after its last head. */
+/* Zeros in what no task met, of gradients that are the caller's; those of a group after its last head. */
 static void end_gradients(const schedule *run, const cmb_head *head, const unit *u, int worker) {
     const cmb_problem *p = run->problem;
+    const cmb_gradients *g = run->gradients;
     const bool summarize = p->stages & CMB_SUMMARIZE, last = (u->h + 1) % (p->Hq / p->Hk) == 0;
     const cmb_array *region_key = summarize ? &p->region_key : &p->summary_key;
-    settle(run, head->grad.query, worker);
-    if (summarize && p->region_query.data)
-        settle(run, head->grad.region_query, worker);
-    if (region_key->data && (last || region_key->heads == p->Hq))
-        settle(run, head->grad.region_key, worker);
-    if (!summarize)
-        settle(run, head->grad.region_value, worker);
-    if (last) {
-        settle(run, head->grad.key, worker);
-        settle(run, head->grad.value, worker);
+    const bool whole_key = region_key->data && (last || region_key->heads == p->Hq);
+    const struct {
+        bool is_done;
+        const cmb_rows *sums;
+        cmb_rows to;
+    } each[] = {
+        {true, &head->grad.query, positions(run, &g->query, u)},
+        {last, &head->grad.key, positions(run, &g->key, u)},
+        {last, &head->grad.value, positions(run, &g->value, u)},
+        {summarize && p->region_query.data, &head->grad.region_query, regions(run, &g->region_query, u)},
+        {whole_key, &head->grad.region_key, regions(run, summarize ? &g->region_key : &g->summary_key, u)},
+        {!summarize, &head->grad.region_value, regions(run, &g->summary_value, u)},
+    };
+    for (size_t n = 0; n < sizeof each / sizeof *each; n++) {
+        if (!each[n].is_done)
+            continue;
+        settle(run, *each[n].sums, worker);
+        narrow(run, each[n].sums->count, each[n].sums->dim, *each[n].sums, each[n].to, worker);
     }
 }
 
@@ -556,7 +629,8 @@ static void backward_unit(void *context, int64_t index, int worker) {
     const int64_t end = (u.h + 1) * group;
     for (u.h *= group; u.h < end; u.h++) {
         cmb_head head = make_head(run, t, &u);
-        begin_gradients(run, &head, t, &u);
+        begin_gradients(run, &head, t, &u, worker);
+        widen_regions(run, &head, &u, true, worker);
         clear_counts(&head);
         for (int32_t task = 0; task < head.plan->tasks && !cmb_cancelled(run->cancel, worker); task++)
             run->stage->pool(&head, task, scratch);

@@ -72,11 +72,35 @@ typedef struct {
         void (*exp2)(int64_t n, const REAL *x, REAL *y);                                                               \
     } cmb_kernels_##SUFFIX;                                                                                            \
     extern const cmb_kernels_##SUFFIX cmb_kernels_base_##SUFFIX, cmb_kernels_avx2_##SUFFIX,                            \
-        cmb_kernels_avx512_##SUFFIX, cmb_kernels_neon_##SUFFIX;                                                        \
+        cmb_kernels_avx512_##SUFFIX, cmb_kernels_avx512_bf16_##SUFFIX, cmb_kernels_neon_##SUFFIX;                      \
     /* The table of the instruction set in force. */                                                                   \
     const cmb_kernels_##SUFFIX *cmb_kernels_in_force_##SUFFIX(void);
 
 CMB_DECLARE_KERNELS(float, f32)
 CMB_DECLARE_KERNELS(double, f64)
+
+/* A 16-bit format, bfloat16 or float16, whose arithmetic is float's. */
+typedef struct {
+    void (*widen)(int64_t n, const uint16_t *x, float *y);  /* exact */
+    void (*narrow)(int64_t n, const float *x, uint16_t *y); /* to nearest, of two as near the even one */
+
+    /* What multiplies the format's numbers in pairs, two at the place of a float; NULL where nothing does. Pairs and
+     * arrays of pointers to them are void here. The product of above, of elements that are pairs: both their products
+     * are added, to a float; a and b are arrays of pointers, and so is c, to floats. */
+    void (*product)(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_step, const void *b, const void *c,
+                    int64_t column, bool add);
+    /* packed[d * width + lane] = the pair row[lane][d], and zeros for lanes in [n, width). */
+    void (*pack)(int n, const void *row, int64_t dim, int width, void *packed);
+    /* pairs[i] = (x[i], y[i]), or (x[i], 0) without y: of stored numbers, and of floats to be rounded. */
+    void (*interleave)(int64_t n, const void *x, const void *y, void *pairs);
+    void (*pair)(int64_t n, const void *x, const void *y, void *pairs);
+} cmb_half;
+#define CMB_DECLARE_HALF(FORMAT)                                                                    \
+    extern const cmb_half cmb_half_base_##FORMAT, cmb_half_avx2_##FORMAT, cmb_half_avx512_##FORMAT, \
+        cmb_half_avx512_bf16_##FORMAT, cmb_half_neon_##FORMAT;                                      \
+    const cmb_half *cmb_half_in_force_##FORMAT(void);
+
+CMB_DECLARE_HALF(bf16)
+CMB_DECLARE_HALF(f16)
 
 #endif

@@ -101,15 +101,18 @@ INLINE void K(transpose)(vec x[LANES]) {
     }
 }
 
-static void K(pack)(int n, const REAL *const *row, int64_t dim, REAL scale, int width, REAL *packed) {
+/* `scaled`, a constant: whether elements are numbers at all. */
+INLINE void K(pack_rows)(int n, const REAL *const *row, int64_t dim, bool scaled, REAL scale, int width, REAL *packed) {
     const vec factor = broadcast(scale);
     for (int lane = 0; lane < width; lane += LANES) {
         int64_t d = 0;
         for (; d + LANES <= dim; d += LANES) {
             vec x[LANES];
             UNROLL
-            for (int i = 0; i < LANES; i++)
-                x[i] = lane + i < n ? load(row[lane + i] + d) * factor : (vec){0};
+            for (int i = 0; i < LANES; i++) {
+                x[i] = lane + i < n ? load(row[lane + i] + d) : (vec){0};
+                x[i] = scaled ? x[i] * factor : x[i];
+            }
             K(transpose)(x);
             UNROLL
             for (int i = 0; i < LANES; i++)
@@ -119,8 +122,10 @@ static void K(pack)(int n, const REAL *const *row, int64_t dim, REAL scale, int 
             int rest = (int)(dim - d);
             vec x[LANES];
             UNROLL
-            for (int i = 0; i < LANES; i++)
-                x[i] = lane + i < n ? load_part(row[lane + i] + d, rest) * factor : (vec){0};
+            for (int i = 0; i < LANES; i++) {
+                x[i] = lane + i < n ? load_part(row[lane + i] + d, rest) : (vec){0};
+                x[i] = scaled ? x[i] * factor : x[i];
+            }
             K(transpose)(x);
             for (int i = 0; i < rest; i++)
                 store(packed + (d + i) * width + lane, x[i]);
@@ -128,113 +133,18 @@ static void K(pack)(int n, const REAL *const *row, int64_t dim, REAL scale, int 
     }
 }
 
+static void K(pack)(int n, const REAL *const *row, int64_t dim, REAL scale, int width, REAL *packed) {
+    K(pack_rows)(n, row, dim, true, scale, width, packed);
+}
+
 /* ---- the product -------------------------------------------------------------------------------- */
 
-/* mr rows of a against nr vectors of b's columns; of the last vector only `part` elements, if part > 0. */
-INLINE void K(micro)(int mr, int nr, int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b,
-                     REAL *const *c, int64_t column, int part, bool add) {
-    vec sum[12][4];
-    const REAL *x[12];
-    UNROLL
-    for (int i = 0; i < mr; i++) {
-        x[i] = a[i];
-        UNROLL
-        for (int j = 0; j < nr; j++)
-            sum[i][j] = (vec){0};
-    }
-    int64_t at = 0;
-    TWICE
-    for (int64_t t = 0; t < k; t++, at += a_step) {
-        const REAL *y = b[t] + column;
-        vec v[4];
-        UNROLL
-        for (int j = 0; j < nr; j++)
-            v[j] = part && j == nr - 1 ? load_part(y + j * LANES, part) : load(y + j * LANES);
-        UNROLL
-        for (int i = 0; i < mr; i++) {
-            vec s = broadcast(x[i][at]);
-            UNROLL
-            for (int j = 0; j < nr; j++)
-                sum[i][j] = fma_vec(s, v[j], sum[i][j]);
-        }
-    }
-    UNROLL
-    for (int i = 0; i < mr; i++) {
-        REAL *z = c[i] + column;
-        UNROLL
-        for (int j = 0; j < nr; j++) {
-            REAL *to = z + j * LANES;
-            if (part && j == nr - 1)
-                store_part(to, add ? load_part(to, part) + sum[i][j] : sum[i][j], part);
-            else
-                store(to, add ? load(to) + sum[i][j] : sum[i][j]);
-        }
-    }
-}
+INLINE vec K(factor)(const REAL *p) { return broadcast(*p); }
 
-typedef void K(micro_kernel)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b, REAL *const *c,
-                             int64_t column, int part, bool add);
-
-/* With whole vectors alone, and with a last one of `part` elements. */
-#define MICRO(mr, nr)                                                                                              \
-    NOINLINE void K(micro_##mr##x##nr)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b,      \
-                                       REAL *const *c, int64_t column, int part, bool add) {                       \
-        (void)part;                                                                                                \
-        K(micro)(mr, nr, k, a, a_step, b, c, column, 0, add);                                                      \
-    }                                                                                                              \
-    NOINLINE void K(micro_part_##mr##x##nr)(int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b, \
-                                            REAL *const *c, int64_t column, int part, bool add) {                  \
-        K(micro)(mr, nr, k, a, a_step, b, c, column, part, add);                                                   \
-    }
-/* clang-format off */
-MICRO(12, 1) MICRO(8, 1) MICRO(4, 1) MICRO(2, 1) MICRO(1, 1)
-MICRO(4, 2) MICRO(2, 2) MICRO(1, 2)
-#if REGISTERS >= 24
-MICRO(12, 2) MICRO(8, 2)
-MICRO(8, 3) MICRO(4, 3) MICRO(2, 3) MICRO(1, 3)
-MICRO(6, 4) MICRO(4, 4) MICRO(2, 4) MICRO(1, 4)
-enum { K(widest) = 4 };
-#else
-MICRO(6, 2)
-enum { K(widest) = 2 };
-#endif
-#undef MICRO
-
-/* Heights for each width, highest first: as many accumulators as the registers hold. */
-typedef struct {
-    int height;
-    K(micro_kernel) *whole, *part;
-} K(step);
-#define STEP(mr, nr) {mr, K(micro_##mr##x##nr), K(micro_part_##mr##x##nr)}
-static const K(step) K(steps)[4][5] = {
-    {STEP(12, 1), STEP(8, 1), STEP(4, 1), STEP(2, 1), STEP(1, 1)},
-#if REGISTERS >= 24
-    {STEP(12, 2), STEP(8, 2), STEP(4, 2), STEP(2, 2), STEP(1, 2)},
-    {STEP(8, 3), STEP(4, 3), STEP(2, 3), STEP(1, 3)},
-    {STEP(6, 4), STEP(4, 4), STEP(2, 4), STEP(1, 4)},
-#else
-    {STEP(6, 2), STEP(4, 2), STEP(2, 2), STEP(1, 2)},
-#endif
-};
-#undef STEP
-/* clang-format on */
-
-/* Columns outside, so that k rows of b's columns stay in L1 while the rows of a pass. */
-static void K(product)(int64_t m, int64_t n, int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b,
-                       REAL *const *c, int64_t column, bool add) {
-    for (int64_t end = column + n; column < end;) {
-        const int64_t vectors = (end - column + LANES - 1) / LANES;
-        const int nr = vectors < K(widest) ? (int)vectors : K(widest);
-        const int part = end - column < nr * LANES ? (int)(end - column) % LANES : 0;
-        const K(step) *step = K(steps)[nr - 1];
-        for (int64_t i = 0; i < m; i += step->height) {
-            while (step->height > m - i)
-                step++;
-            (part ? step->part : step->whole)(k, a + i, a_step, b, c + i, column, part, add);
-        }
-        column += nr * LANES;
-    }
-}
+#define P(name) K(name)
+#define FACTOR K(factor)
+#define MULTIPLY_ADD fma_vec
+#include "product.inc.h"
 
 /* ---- one query: vectors along the features ------------------------------------------------------ */
 

@@ -20,6 +20,8 @@
 #define FLOAT_BITS 32
 #include "kernels.inc.h"
 
+#include "half.inc.h"
+
 #undef REAL
 #undef SUFFIX
 #undef FLOAT_BITS

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* One task of one head: what engine.c schedules and stages.inc.h computes, for float and for double. Internal. */
+/* One task of one head: what engine.c schedules and stages.inc.h computes, for each dtype. Internal. */
 #ifndef CMB_STAGES_H
 #define CMB_STAGES_H
 
@@ -18,7 +18,9 @@ typedef struct {
 enum { CMB_BLOCK_ROWS = 64 };
 static inline int64_t cmb_blocks(int64_t rows) { return (rows + CMB_BLOCK_ROWS - 1) / CMB_BLOCK_ROWS; }
 
-/* One query head of one segment of a problem. Region tables have rows 0..R-1 for table rows L..L+R-1. */
+/* One query head of one segment of a problem. Region tables have rows 0..R-1 for table rows L..L+R-1. The elements of
+ * query, key, value, out and grad.out are as stored by the caller; those of all other rows are what is computed with,
+ * which is wider for the 16-bit dtypes. */
 typedef struct {
     const cmb_plan *plan;
     cmb_stages stages;
@@ -40,6 +42,7 @@ typedef struct {
     cmb_rows query, key, value;
     cmb_rows region_query, region_key, region_value, region_lse;
     cmb_rows out, lse;
+    cmb_rows result; /* forward: `out`, or what is to become it */
 
     struct {
         cmb_rows query, key, value;
@@ -66,7 +69,8 @@ void *cmb_take(cmb_arena *arena, size_t count, size_t size);
 typedef struct cmb_scratch cmb_scratch;
 
 typedef struct {
-    size_t size; /* of one element */
+    size_t size;        /* of an element that is computed with */
+    size_t stored_size; /* of one of the caller's, but for those of lse */
     /* Takes a scratch from the arena (NULL while measuring) for plans of at most N scratch rows and
      * `children` children of a pool. */
     cmb_scratch *(*scratch)(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t children, bool dropout,
@@ -79,16 +83,21 @@ typedef struct {
      * become zeros. `dim` features of `rows`, and of `more` where it has data. */
     void (*begin)(int64_t n, cmb_rows lse);
     void (*finish)(int64_t n, cmb_rows lse, cmb_rows rows, int64_t dim, cmb_rows more, int64_t more_dim);
-    /* k_R of every region r < n with an lse, 0 for the others */
-    void (*copy_region_keys)(const cmb_head *head, int64_t n, cmb_rows to);
+    /* k_R of every region r < n with an lse, 0 for the others, as stored */
+    void (*copy_region_keys)(const cmb_head *head, int64_t n, cmb_rows to, const cmb_scratch *scratch);
     /* Zeros in the block's rows, which are stale no longer. */
     void (*clear)(cmb_rows rows, int64_t block);
-    /* Adds the gradients of the first n regions, but of those without an lse. */
-    void (*begin_gradient)(int64_t n, cmb_rows lse, cmb_rows from, cmb_rows to);
+    /* Adds the gradients, as stored, of the first n regions, but of those without an lse. */
+    void (*begin_gradient)(int64_t n, cmb_rows lse, cmb_rows from, cmb_rows to, const cmb_scratch *scratch);
+    /* n rows from the caller's elements to those that are computed with, where they differ, and back. */
+    void (*widen)(int64_t n, int64_t dim, cmb_rows from, cmb_rows to, const cmb_scratch *scratch);
+    void (*narrow)(int64_t n, int64_t dim, cmb_rows from, cmb_rows to, const cmb_scratch *scratch);
 } cmb_stage_table;
 
 /* For the instruction set in force. */
 const cmb_stage_table *cmb_stages_f32(void);
 const cmb_stage_table *cmb_stages_f64(void);
+const cmb_stage_table *cmb_stages_bf16(void);
+const cmb_stage_table *cmb_stages_f16(void);
 
 #endif

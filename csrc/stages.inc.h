@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The two stages, for one type (REAL, SUFFIX): pooling, and the tile, forward and backward. A tile packs its
+ * The two stages, for one type: pooling, and the tile, forward and backward. Arithmetic, and every row of a region
+ * or of a sum, is REAL (SUFFIX); rows of positions that the caller brings are STORED, which for the 16-bit formats
+ * is narrower: HALF is their conversions then, else NULL, and a row is widened when it is gathered. A tile packs its
  * queries once (times scale * log2 e, so that softmax is 2^x), then takes its rows a chunk at a time:
  *
  *   forward    S = K Q^T, online softmax, O += (M P)^T V          M: dropout's factors, 1 without
@@ -23,9 +25,6 @@
 #define PASTE2(a, b) a##_##b
 #define NAME2(a, b) PASTE2(a, b)
 #define KERNELS NAME2(cmb_kernels, SUFFIX)
-#define PASTE3(a, b, c) a##b##_##c
-#define NAME3(a, b, c) PASTE3(a, b, c)
-#define TABLE(isa) NAME3(cmb_kernels_, isa, SUFFIX)
 
 enum {
     WIDEST = 64,                     /* lanes of a tile */
@@ -40,24 +39,12 @@ static const REAL only_infinite =
     sizeof(REAL) == 4 ? (REAL)-3.40282346638528859812e+38 : (REAL)-1.79769313486231570815e+308;
 static const double log2_e = 1.44269504088896340736, ln_2 = 0.69314718055994530942;
 
-const KERNELS *NAME2(cmb_kernels_in_force, SUFFIX)(void) {
-    switch (cmb_isa_current()) {
-#if defined(__x86_64__)
-    case CMB_ISA_AVX512:
-        return &TABLE(avx512);
-    case CMB_ISA_AVX2:
-        return &TABLE(avx2);
-#elif defined(__aarch64__)
-    case CMB_ISA_NEON:
-        return &TABLE(neon);
-#endif
-    default:
-        return &TABLE(base);
-    }
-}
+/* Whether a stored row is not yet numbers to compute with. */
+static const bool widens = sizeof(STORED) < sizeof(REAL);
 
 struct cmb_scratch {
     const KERNELS *kernel;
+    const cmb_half *half;
     bool backward;
     int width;                         /* of the tile at hand */
     REAL *packed;                      /* [D][64] Q^T */
@@ -80,6 +67,18 @@ struct cmb_scratch {
     REAL **dkey, **dvalue;               /* [CHUNK] */
     const REAL **grad_in, **key_grad_in; /* [64] dO, and dk_R where weighted */
 
+    /* Rows that are not as the caller stored them: widened, or copied to make pairs; of no size where all are. */
+    REAL *query_row, *grad_row; /* [64][D], [64][Dv] */
+    REAL *key_row, *value_row;  /* [CHUNK][D], [CHUNK][Dv] */
+    REAL *result_row;           /* [2][Dv] */
+    REAL *child_row;            /* [children][D] */
+
+    /* Pairs: of weights, of rows, and of those that a lane does not see whole; and a tile's queries and their dO. */
+    REAL *pair_weight, *pair_row, *pair_part;   /* [CHUNK / 2][64], the others [CHUNK / 2][max(D, Dv)] */
+    const REAL **pair_list;                     /* [CHUNK / 2] */
+    REAL *pair_query, *pair_grad;               /* [32][D], [32][Dv] */
+    const REAL **pair_query_in, **pair_grad_in; /* [32] */
+
     int64_t N;
     REAL *pool_query, *pool_key;           /* [N][D] */
     REAL *pool_query_grad, *pool_key_grad; /* [N][D] */
@@ -91,7 +90,8 @@ struct cmb_scratch {
 
 static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t children, bool dropout,
                                  bool backward) {
-    cmb_scratch s = {.backward = backward, .N = N};
+    const cmb_half *half = HALF;
+    cmb_scratch s = {.half = half, .backward = backward, .N = N};
     cmb_scratch *scratch = cmb_take(arena, 1, sizeof s);
     const size_t r = sizeof(REAL), p = sizeof(void *), d = (size_t)D, dv = (size_t)Dv, n = (size_t)N,
                  c = (size_t)children;
@@ -113,6 +113,10 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
     s.keep = cmb_take(arena, dropout ? CHUNK * WIDEST : 0, r);
     s.pool_query = cmb_take(arena, n, d * r);
     s.pool_key = cmb_take(arena, n, d * r);
+    s.query_row = cmb_take(arena, widens ? WIDEST * d : 0, r);
+    s.key_row = cmb_take(arena, widens ? CHUNK * d : 0, r);
+    s.value_row = cmb_take(arena, widens ? CHUNK * dv : 0, r);
+    s.child_row = cmb_take(arena, widens ? c : 0, d * r);
     s.count = cmb_take(arena, n, sizeof(int32_t));
     s.pick = cmb_take(arena, n, sizeof(int32_t));
     s.child = cmb_take(arena, c, p);
@@ -128,6 +132,19 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
         s.pool_query_grad = cmb_take(arena, n, d * r);
         s.pool_key_grad = cmb_take(arena, n, d * r);
         s.child_grad = cmb_take(arena, c, p);
+        s.grad_row = cmb_take(arena, widens ? WIDEST * dv : 0, r);
+        s.result_row = cmb_take(arena, widens ? 2 * dv : 0, r);
+    }
+    if (half && half->product) {
+        enum { PAIRS = CHUNK / 2 };
+        s.pair_weight = cmb_take(arena, PAIRS * WIDEST, r);
+        s.pair_row = cmb_take(arena, PAIRS * (d > dv ? d : dv), r);
+        s.pair_part = cmb_take(arena, PAIRS * (d > dv ? d : dv), r);
+        s.pair_list = cmb_take(arena, PAIRS, p);
+        s.pair_query = cmb_take(arena, backward ? WIDEST / 2 * d : 0, r);
+        s.pair_grad = cmb_take(arena, backward ? WIDEST / 2 * dv : 0, r);
+        s.pair_query_in = cmb_take(arena, WIDEST / 2, p);
+        s.pair_grad_in = cmb_take(arena, WIDEST / 2, p);
     }
     if (scratch) {
         s.kernel = NAME2(cmb_kernels_in_force, SUFFIX)();
@@ -139,6 +156,49 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
 /* ---- rows of the table -------------------------------------------------------------------------- */
 
 static inline REAL *at(cmb_rows rows, int64_t x) { return (REAL *)rows.data + x * rows.row; }
+
+/* A row of the table: as the caller stored it, or where `number` is not NULL that. */
+typedef struct {
+    const STORED *stored;
+    const REAL *number;
+} table_row;
+
+static inline table_row stored_row(cmb_rows rows, int64_t x) {
+    return (table_row){.stored = (const STORED *)rows.data + x * rows.row};
+}
+
+static inline table_row number_row(const REAL *number) { return (table_row){.number = number}; }
+
+/* To compute with: itself, or in `wide`. */
+static inline const REAL *numbers(table_row row, int64_t dim, REAL *wide, const cmb_scratch *w) {
+    if (row.number)
+        return row.number;
+    if (!widens)
+        return (const REAL *)(const void *)row.stored;
+    w->half->widen(dim, (const uint16_t *)(const void *)row.stored, (float *)wide);
+    return wide;
+}
+
+/* In whole pairs, the last one filled up with a zero: itself, or in `copy`. */
+static const REAL *in_pairs(table_row row, int64_t dim, void *copy, const cmb_scratch *w) {
+    if (!row.number && dim % 2 == 0 && (uintptr_t)row.stored % sizeof(float) == 0)
+        return (const REAL *)(const void *)row.stored;
+    uint16_t *half = copy;
+    if (row.number)
+        w->half->narrow(dim, (const float *)row.number, half);
+    else
+        memcpy(half, row.stored, (size_t)dim * sizeof *half);
+    if (dim % 2)
+        half[dim] = 0;
+    return copy;
+}
+
+static inline void to_stored(int64_t dim, const REAL *from, STORED *to, const cmb_scratch *w) {
+    if (widens)
+        w->half->narrow(dim, (const float *)from, (uint16_t *)to);
+    else
+        memcpy(to, from, (size_t)dim * sizeof *to);
+}
 
 static void clear(cmb_rows rows, int64_t block) {
     const int64_t first = block * CMB_BLOCK_ROWS,
@@ -168,24 +228,27 @@ static inline bool live(const cmb_head *head, int64_t x) {
     return head->count[x - head->L] > 0;
 }
 
-static inline const REAL *query_row(const cmb_head *head, int64_t x) {
-    if (x < head->L)
-        return at(head->query, x);
-    return head->pick_query ? at(head->query, head->pick[x - head->L]) : at(head->region_query, x - head->L);
+static inline table_row query_row(const cmb_head *head, int64_t x) {
+    const int64_t r = x - head->L;
+    if (r < 0 || head->pick_query)
+        return stored_row(head->query, r < 0 ? x : head->pick[r]);
+    return number_row(at(head->region_query, r));
 }
 
-static inline const REAL *key_row(const cmb_head *head, int64_t x) {
-    if (x < head->L)
-        return at(head->key, x);
-    return head->pick_key ? at(head->key, head->pick[x - head->L]) : at(head->region_key, x - head->L);
+static inline table_row key_row(const cmb_head *head, int64_t x) {
+    const int64_t r = x - head->L;
+    if (r < 0 || head->pick_key)
+        return stored_row(head->key, r < 0 ? x : head->pick[r]);
+    return number_row(at(head->region_key, r));
 }
 
-static inline REAL *value_row(const cmb_head *head, int64_t x) {
-    return x < head->L ? at(head->value, x) : at(head->region_value, x - head->L);
+static inline table_row value_row(const cmb_head *head, int64_t x) {
+    return x < head->L ? stored_row(head->value, x) : number_row(at(head->region_value, x - head->L));
 }
 
+/* Where a query's sums are, divided by the normaliser. */
 static inline REAL *result_row(const cmb_head *head, int64_t x) {
-    return x < head->L ? at(head->out, x) : at(head->region_value, x - head->L);
+    return x < head->L ? at(head->result, x) : at(head->region_value, x - head->L);
 }
 
 static inline REAL *lse_of(const cmb_head *head, int64_t x) {
@@ -204,7 +267,11 @@ static inline int32_t *pick_of(const cmb_head *head, cmb_scratch *w, int64_t x) 
     return r < R ? &head->pick[r] : &w->pick[r - R];
 }
 
-/* Row x of queries or of keys (or of their gradients), scratch rows included. */
+static inline bool in_pool(const cmb_head *head, cmb_scratch *w, int32_t x) {
+    return !head->counted || (x < head->L ? live(head, x) : *count_of(head, w, x) > 0);
+}
+
+/* Row x of the gradients of queries or of keys, scratch rows included; and of these themselves beyond positions. */
 static inline REAL *pool_row(const cmb_head *head, cmb_rows own, cmb_rows regions, REAL *scratch, int64_t x) {
     const int64_t r = x - head->L, R = head->plan->R;
     return x < head->L ? sum_at(own, x) : r < R ? sum_at(regions, r) : scratch + (r - R) * head->D;
@@ -230,18 +297,30 @@ static int32_t count_children(const cmb_head *head, const cmb_pool *pool, cmb_sc
 }
 
 static void gather_children(const cmb_head *head, const cmb_pool *pool, cmb_scratch *w, cmb_rows own, cmb_rows regions,
-                            REAL *scratch, REAL **child) {
+                            REAL *scratch) {
     for (int32_t t = 0, n = 0; t < pool->child.count; t++) {
         const int32_t x = element(head->plan, pool->child, t);
-        if (!head->counted || (x < head->L ? live(head, x) : *count_of(head, w, x) > 0))
-            child[n++] = pool_row(head, own, regions, scratch, x);
+        if (!in_pool(head, w, x))
+            continue;
+        w->child[n] = x < head->L ? numbers(stored_row(own, x), head->D, w->child_row + n * head->D, w)
+                                  : pool_row(head, own, regions, scratch, x);
+        n++;
+    }
+}
+
+static void gather_child_gradients(const cmb_head *head, const cmb_pool *pool, cmb_scratch *w, cmb_rows own,
+                                   cmb_rows regions, REAL *scratch) {
+    for (int32_t t = 0, n = 0; t < pool->child.count; t++) {
+        const int32_t x = element(head->plan, pool->child, t);
+        if (in_pool(head, w, x))
+            w->child_grad[n++] = pool_row(head, own, regions, scratch, x);
     }
 }
 
 static void pool_table(const cmb_head *head, const cmb_pool *pool, cmb_scratch *w, int32_t n, int32_t total,
                        cmb_rows own, cmb_rows regions, REAL *scratch) {
     REAL *to = pool_row(head, own, regions, scratch, pool->row);
-    gather_children(head, pool, w, own, regions, scratch, (REAL **)(void *)w->child);
+    gather_children(head, pool, w, own, regions, scratch);
     if (n == 1) { /* exactly, whatever the pool */
         memcpy(to, w->child[0], (size_t)head->D * sizeof(REAL));
     } else if (head->plan->pooling == CMB_POOL_MAX) {
@@ -264,7 +343,7 @@ static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) {
             continue;
         if (plan->pooling == CMB_POOL_FIRST) {
             int32_t t = 0, x = element(plan, step->child, 0);
-            while (head->counted && !(x < head->L ? live(head, x) : *count_of(head, w, x) > 0))
+            while (!in_pool(head, w, x))
                 x = element(plan, step->child, ++t);
             *pick_of(head, w, step->row) = x < head->L ? x : *pick_of(head, w, x);
             continue;
@@ -286,9 +365,9 @@ static void pool_table_backward(const cmb_head *head, const cmb_pool *pool, cmb_
                                 REAL *scratch_grad) {
     const REAL *top = pool_row(head, own, regions, scratch, pool->row);
     REAL *grad = pool_row(head, own_grad, regions_grad, scratch_grad, pool->row);
-    gather_children(head, pool, w, own_grad, regions_grad, scratch_grad, w->child_grad);
+    gather_child_gradients(head, pool, w, own_grad, regions_grad, scratch_grad);
     if (n > 1 && head->plan->pooling == CMB_POOL_MAX) {
-        gather_children(head, pool, w, own, regions, scratch, (REAL **)(void *)w->child);
+        gather_children(head, pool, w, own, regions, scratch);
         w->kernel->max_pool_backward(n, w->child, head->D, top, grad, w->child_grad);
     } else {
         for (int32_t t = 0; t < n; t++) {
@@ -336,17 +415,19 @@ typedef struct {
     bool regions;      /* its queries are regions: summarising */
     bool weighted;     /* and their keys are sums too */
     bool dropout;      /* some of its weights fall */
+    bool paired;       /* its rows and queries, and the weights in sums, are multiplied in pairs */
     uint64_t all;      /* lanes that take part at all */
     int32_t run, next; /* where the gathering stands */
     bool masked;       /* of the chunk gathered last: some lane does not see some row */
     int rows;          /* of that chunk */
 } tile_state;
 
-static tile_state begin_tile(const cmb_head *head, const cmb_tile *tile) {
+static tile_state begin_tile(const cmb_head *head, const cmb_tile *tile, const cmb_scratch *w) {
     tile_state t = {.tile = tile, .n = tile->query.count, .run = tile->run};
     t.regions = element(head->plan, tile->query, 0) >= head->L;
     t.weighted = t.regions && head->weighted;
     t.dropout = !t.regions && head->dropout.factor != 1;
+    t.paired = widens && w->half->product && tile->width > 1 && !t.weighted;
     t.all = t.n == 64 ? ~UINT64_C(0) : (UINT64_C(1) << t.n) - 1;
     if (t.regions && !head->all_live)
         for (int i = 0; i < t.n; i++)
@@ -358,6 +439,11 @@ static tile_state begin_tile(const cmb_head *head, const cmb_tile *tile) {
 /* The lane itself, or in place of one that takes no part some lane that does: its row may hold anything. */
 static inline int live_lane(const tile_state *t, int lane) {
     return t->all >> lane & 1 ? lane : __builtin_ctzll(t->all);
+}
+
+/* A row of the tile as its products take it, made in `copy` where it is not so already. */
+static inline const REAL *operand(const tile_state *t, table_row row, int64_t dim, REAL *copy, const cmb_scratch *w) {
+    return t->paired ? in_pairs(row, dim, copy, w) : numbers(row, dim, copy, w);
 }
 
 /* The next rows, up to CHUNK of them: pointers, lanes and biases. Rows that are masked or empty are left out. */
@@ -375,10 +461,12 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
             const int taken = run->row.count - t->next < CHUNK - n ? run->row.count - t->next : CHUNK - n;
             const int64_t x = run->row.start + run->row.step * t->next;
             for (int i = 0; i < taken; i++) {
-                w->key[n + i] = at(head->key, x + run->row.step * i);
-                w->value[n + i] = at(head->value, x + run->row.step * i);
+                const int64_t y = x + run->row.step * i;
+                REAL *key = w->key_row + (n + i) * head->D, *value = w->value_row + (n + i) * head->Dv;
+                w->key[n + i] = operand(t, stored_row(head->key, y), head->D, key, w);
+                w->value[n + i] = operand(t, stored_row(head->value, y), head->Dv, value, w);
                 w->bias[n + i] = 0;
-                w->row[n + i] = (uint32_t)(x + run->row.step * i);
+                w->row[n + i] = (uint32_t)y;
                 w->lanes[n + i] = mask ? mask[t->next + i] & t->all : t->all;
             }
             for (int i = 0; w->backward && i < taken; i++) {
@@ -393,8 +481,8 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
                 if (!live(head, x))
                     continue;
                 const int64_t r = x - head->L;
-                w->key[n] = key_row(head, x);
-                w->value[n] = value_row(head, x);
+                w->key[n] = operand(t, key_row(head, x), head->D, w->key_row + n * head->D, w);
+                w->value[n] = operand(t, value_row(head, x), head->Dv, w->value_row + n * head->Dv, w);
                 w->row[n] = (uint32_t)x;
                 w->bias[n] = plan->size_bias && r >= 0 ? log2((double)head->count[r]) : 0;
                 w->lanes[n] = mask ? mask[t->next] & t->all : t->all;
@@ -445,34 +533,91 @@ static void group_window(const cmb_scratch *w, int i, int end, int *from, int *t
 
 /* For every 4 lanes the rows [first, last) that one of them sees. */
 static void row_windows(const cmb_scratch *w, int rows, uint8_t first[16], uint8_t last[16]) {
-    const uint64_t each = UINT64_C(0x1111111111111111);
+    const uint64_t nibbles = UINT64_C(0x1111111111111111);
     memset(first, 0, 16);
     memset(last, 0, 16);
     uint64_t seen = 0;
-    for (int i = 0; i < rows && seen != each; i++) {
+    for (int i = 0; i < rows && seen != nibbles; i++) {
         uint64_t m = w->lanes[i] | w->lanes[i] >> 1;
-        m = (m | m >> 2) & each & ~seen;
+        m = (m | m >> 2) & nibbles & ~seen;
         for (seen |= m; m; m &= m - 1)
             first[__builtin_ctzll(m) / NIBBLE] = (uint8_t)i;
     }
     seen = 0;
-    for (int i = rows - 1; i >= 0 && seen != each; i--) {
+    for (int i = rows - 1; i >= 0 && seen != nibbles; i--) {
         uint64_t m = w->lanes[i] | w->lanes[i] >> 1;
-        m = (m | m >> 2) & each & ~seen;
+        m = (m | m >> 2) & nibbles & ~seen;
         for (seen |= m; m; m &= m - 1)
             last[__builtin_ctzll(m) / NIBBLE] = (uint8_t)(i + 1);
     }
 }
 
+/* ---- a tile's products -------------------------------------------------------------------------- */
+
+/* Elements are numbers, or pairs: of features, of rows or of lanes. */
+static inline void product(const tile_state *t, int64_t m, int64_t n, int64_t k, const REAL *const *a, int64_t a_step,
+                           const REAL *const *b, REAL *const *c, int64_t column, bool add, const cmb_scratch *w) {
+    if (t->paired)
+        w->half->product(m, n, k, a, a_step, b, c, column, add);
+    else
+        w->kernel->product(m, n, k, a, a_step, b, c, column, add);
+}
+
+/* Numbers in an element, and elements that hold so many numbers. */
+static inline int each(const tile_state *t) { return t->paired ? 2 : 1; }
+
+static inline int elements(const tile_state *t, int64_t numbers) { return (int)((numbers + each(t) - 1) / each(t)); }
+
+/* Lanes side by side, feature by feature; pairs are not scaled. */
+static void pack(const tile_state *t, const REAL *const *lane_row, int64_t dim, REAL scale, REAL *packed,
+                 const cmb_scratch *w) {
+    if (t->paired)
+        w->half->pack(t->n, lane_row, elements(t, dim), w->width, packed);
+    else
+        w->kernel->pack(t->n, lane_row, dim, scale, w->width, packed);
+}
+
+/* Rows 2 i and 2 i + 1 of n that were stored, interleaved. */
+static const REAL *const *pair_rows(int n, const REAL *const *row, int64_t dim, REAL *pairs, const REAL **list,
+                                    const cmb_scratch *w) {
+    for (int i = 0; i < n; i += 2) {
+        list[i / 2] = pairs + i / 2 * dim;
+        w->half->interleave(dim, row[i], i + 1 < n ? row[i + 1] : NULL, pairs + i / 2 * dim);
+    }
+    return list;
+}
+
+/* Weights p[row][lane] in pairs of rows, or of lanes. */
+static const REAL *pair_weights(const tile_state *t, const REAL *p, bool of_rows, cmb_scratch *w) {
+    if (!of_rows)
+        w->half->narrow(t->rows * w->width, (const float *)p, (uint16_t *)w->pair_weight);
+    for (int i = 0; of_rows && i < t->rows; i += 2)
+        w->half->pair(w->width, p + i * w->width, i + 1 < t->rows ? p + (i + 1) * w->width : NULL,
+                      w->pair_weight + i / 2 * w->width);
+    return w->pair_weight;
+}
+
+/* A row or a pair of rows, of which `seen` has bits for those that count: zeros in place of the other, where any number
+ * may lie. */
+static const REAL *seen_part(const tile_state *t, const REAL *row, int64_t dim, unsigned seen, REAL *part) {
+    if (!t->paired || seen == 3)
+        return row;
+    memcpy(part, row, (size_t)dim * sizeof *part);
+    for (int64_t d = 0; d < dim; d++)
+        memset((char *)(part + d) + (seen == 1 ? 2 : 0), 0, 2); /* of little-endian words */
+    return part;
+}
+
 /* s[row][lane] (+)= row . packed, where some lane of the row's block sees it. `clear`: zeros where not. */
 static void row_products(const tile_state *t, const REAL *const *row, int64_t dim, const REAL *packed, REAL *s,
                          bool add, bool clear, cmb_scratch *w) {
-    for (int64_t d = 0; d < dim; d++)
+    const int n = elements(t, dim);
+    for (int d = 0; d < n; d++)
         w->packed_row[d] = packed + d * w->width;
     for (int i = 0; i < t->rows; i++)
         w->s_row[i] = s + i * w->width;
     if (!t->masked || w->width == CMB_GROUP) {
-        w->kernel->product(t->rows, w->width, dim, row, 1, w->packed_row, w->s_row, 0, add);
+        product(t, t->rows, w->width, n, row, 1, w->packed_row, w->s_row, 0, add, w);
         return;
     }
     for (int i = 0; i < t->rows; i += BLOCK) {
@@ -480,8 +625,8 @@ static void row_products(const tile_state *t, const REAL *const *row, int64_t di
         int from, to;
         group_window(w, i, end, &from, &to);
         if (to > from)
-            w->kernel->product(end - i, (to - from) * CMB_GROUP, dim, row + i, 1, w->packed_row, w->s_row + i,
-                               from * CMB_GROUP, add);
+            product(t, end - i, (to - from) * CMB_GROUP, n, row + i, 1, w->packed_row, w->s_row + i, from * CMB_GROUP,
+                    add, w);
         for (int r = i; clear && r < end; r++) {
             memset(w->s_row[r], 0, (size_t)(from * CMB_GROUP) * sizeof(REAL));
             memset(w->s_row[r] + to * CMB_GROUP, 0, (size_t)(w->width - to * CMB_GROUP) * sizeof(REAL));
@@ -492,16 +637,25 @@ static void row_products(const tile_state *t, const REAL *const *row, int64_t di
 /* to[lane] += sum over rows of p[row][lane] * row, for every lane over the rows that it and its neighbours see. */
 static void lane_sums(const tile_state *t, const REAL *p, const REAL *const *row, int64_t dim, REAL *const *to,
                       bool exact, cmb_scratch *w) {
+    const int rows = elements(t, t->rows);
+    if (t->paired) {
+        p = pair_weights(t, p, true, w);
+        row = pair_rows(t->rows, row, dim, w->pair_row, w->pair_list, w);
+    }
     if (exact) {
         for (int lane = 0; lane < t->n; lane++) {
             int n = 0;
-            for (int i = 0; i < t->rows; i++)
-                if (w->lanes[i] >> lane & 1) {
-                    w->line[n] = p[i * w->width + lane];
-                    w->list[n++] = row[i];
-                }
+            for (int i = 0; i < rows; i++) {
+                unsigned seen = (unsigned)(w->lanes[i * each(t)] >> lane & 1);
+                if (each(t) == 2 && i * 2 + 1 < t->rows)
+                    seen |= (unsigned)(w->lanes[i * 2 + 1] >> lane & 1) << 1;
+                if (!seen)
+                    continue;
+                w->line[n] = p[i * w->width + lane];
+                w->list[n++] = seen_part(t, row[i], dim, seen, w->pair_part + i * dim);
+            }
             const REAL *line = w->line;
-            w->kernel->product(1, dim, n, &line, 1, w->list, to + lane, 0, true);
+            product(t, 1, dim, n, &line, 1, w->list, to + lane, 0, true, w);
         }
         return;
     }
@@ -510,33 +664,43 @@ static void lane_sums(const tile_state *t, const REAL *p, const REAL *const *row
         row_windows(w, t->rows, first, last);
     else
         memset(last, t->rows, sizeof last);
+    for (int i = 0; i < 16; i++) {
+        first[i] = (uint8_t)(first[i] / each(t));
+        last[i] = (uint8_t)elements(t, last[i]);
+    }
     const REAL *a[WIDEST];
     for (int lane = 0; lane < t->n;) {
-        const int window = lane / NIBBLE, begin = first[window], rows = last[window] - begin;
+        const int window = lane / NIBBLE, begin = first[window], count = last[window] - begin;
         int n = 0; /* lanes with one window go together */
-        for (; lane + n < t->n && first[(lane + n) / NIBBLE] == begin && last[(lane + n) / NIBBLE] == begin + rows; n++)
+        for (; lane + n < t->n && first[(lane + n) / NIBBLE] == begin && last[(lane + n) / NIBBLE] == begin + count;
+             n++)
             a[n] = p + begin * w->width + lane + n;
-        if (rows > 0)
-            w->kernel->product(n, dim, rows, a, w->width, row + begin, to + lane, 0, true);
+        if (count > 0)
+            product(t, n, dim, count, a, w->width, row + begin, to + lane, 0, true, w);
         lane += n;
     }
 }
 
-/* to[row] += sum over lanes of p[row][lane] * lane_row[lane] */
+/* to[row] += sum over lanes of p[row][lane] * lane_row[lane]: rows of lanes, or of pairs of them. */
 static void row_sums(const tile_state *t, const REAL *p, const REAL *const *lane_row, int64_t dim, REAL *const *to,
                      bool exact, cmb_scratch *w) {
+    const int step = w->width / each(t);
     const REAL *a[CHUNK];
+    if (t->paired)
+        p = pair_weights(t, p, false, w);
     if (exact) {
         const REAL *list[WIDEST];
         for (int i = 0; i < t->rows; i++) {
             int n = 0;
-            for (int lane = 0; lane < t->n; lane++)
-                if (w->lanes[i] >> lane & 1) {
-                    w->line[n] = p[i * w->width + lane];
-                    list[n++] = lane_row[lane];
-                }
+            for (int lane = 0; lane < t->n; lane += each(t)) {
+                const unsigned seen = (unsigned)(w->lanes[i] >> lane) & ((1u << each(t)) - 1);
+                if (!seen)
+                    continue;
+                w->line[n] = p[i * step + lane / each(t)];
+                list[n++] = seen_part(t, lane_row[lane / each(t)], dim, seen, w->pair_part + lane / each(t) * dim);
+            }
             const REAL *line = w->line;
-            w->kernel->product(1, dim, n, &line, 1, list, to + i, 0, true);
+            product(t, 1, dim, n, &line, 1, list, to + i, 0, true, w);
         }
         return;
     }
@@ -546,11 +710,12 @@ static void row_sums(const tile_state *t, const REAL *p, const REAL *const *lane
         int from = 0, to_group = w->width / CMB_GROUP;
         if (t->masked)
             group_window(w, i, end, &from, &to_group);
-        const int lane = from * CMB_GROUP, stop = to_group * CMB_GROUP < t->n ? to_group * CMB_GROUP : t->n;
+        const int lane = from * CMB_GROUP / each(t);
+        const int stop = elements(t, to_group * CMB_GROUP < t->n ? to_group * CMB_GROUP : t->n);
         for (int r = i; r < end; r++)
-            a[r - i] = p + r * w->width + lane;
+            a[r - i] = p + r * step + lane;
         if (stop > lane)
-            w->kernel->product(end - i, dim, stop - lane, a, 1, lane_row + lane, to + i, 0, true);
+            product(t, end - i, dim, stop - lane, a, 1, lane_row + lane, to + i, 0, true, w);
     }
 }
 
@@ -594,9 +759,17 @@ static void conclude(const cmb_head *head, const tile_state *t, int lane, REAL m
         w->kernel->divide(head->D, sum + head->Dv, l, at(head->region_key, x - head->L));
 }
 
+/* S of the chunk, times log2 e. */
+static void logits(const cmb_head *head, const tile_state *t, bool clear, cmb_scratch *w) {
+    row_products(t, w->key, head->D, w->packed, w->s, false, clear, w);
+    if (t->paired)
+        w->kernel->scale(t->rows * w->width, w->s, (REAL)(head->scale * log2_e));
+    add_bias(head, t, w->width, w);
+}
+
 static void lane_tile(const cmb_head *head, const cmb_tile *tile, bool exact, cmb_scratch *w, cmb_cancel *cancel,
                       int worker) {
-    tile_state t = begin_tile(head, tile);
+    tile_state t = begin_tile(head, tile, w);
     w->width = tile->width;
     REAL *m = w->state, *l = m + WIDEST, *alpha = l + WIDEST;
     const int64_t dim = head->Dv + (t.weighted ? head->D : 0);
@@ -605,7 +778,8 @@ static void lane_tile(const cmb_head *head, const cmb_tile *tile, bool exact, cm
     if (!t.all)
         return;
     for (int lane = 0; lane < t.n; lane++) {
-        w->lane_in[lane] = query_row(head, element(head->plan, tile->query, live_lane(&t, lane)));
+        const table_row query = query_row(head, element(head->plan, tile->query, live_lane(&t, lane)));
+        w->lane_in[lane] = operand(&t, query, head->D, w->query_row + lane * head->D, w);
         w->lane_out[lane] = w->sum + lane * dim;
         resume(head, &t, lane, m + lane, l + lane, w->lane_out[lane], &seen);
         started |= l[lane] > 0;
@@ -614,13 +788,12 @@ static void lane_tile(const cmb_head *head, const cmb_tile *tile, bool exact, cm
         m[lane] = -infinity;
         l[lane] = 0;
     }
-    w->kernel->pack(t.n, w->lane_in, head->D, (REAL)(head->scale * log2_e), w->width, w->packed);
+    pack(&t, w->lane_in, head->D, (REAL)(head->scale * log2_e), w->packed, w);
 
     for (; gather(head, &t, w); started = true) {
         if (cmb_cancelled(cancel, worker))
             return;
-        row_products(&t, w->key, head->D, w->packed, w->s, false, false, w);
-        add_bias(head, &t, w->width, w);
+        logits(head, &t, false, w);
         for (int lane = 0; lane < w->width; lane += CMB_GROUP) {
             int begin = 0, end = t.rows;
             if (t.masked) { /* the rows that this group sees */
@@ -632,6 +805,8 @@ static void lane_tile(const cmb_head *head, const cmb_tile *tile, bool exact, cm
             }
             if (begin == end)
                 continue;
+            begin -= begin % each(&t); /* whole pairs: of the other row, zeros */
+            end += end < t.rows ? end % each(&t) : 0;
             const bool changed = w->kernel->softmax(end - begin, w->s + begin * w->width, w->width,
                                                     t.masked ? w->lanes + begin : NULL, lane, m, l, alpha);
             for (int i = lane; changed && started && i < lane + CMB_GROUP && i < t.n; i++)
@@ -679,14 +854,15 @@ static int visible_rows(const tile_state *t, cmb_scratch *w) {
 }
 
 static void row_tile(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w, cmb_cancel *cancel, int worker) {
-    tile_state t = begin_tile(head, tile);
+    tile_state t = begin_tile(head, tile, w);
     REAL m, l, *sum = w->sum, *key_sum = sum + head->Dv, *query = w->line;
     const REAL *s = w->s;
     uint64_t seen = 0;
     if (!t.all)
         return;
     resume(head, &t, 0, &m, &l, sum, &seen);
-    memcpy(query, query_row(head, element(head->plan, tile->query, 0)), (size_t)head->D * sizeof(REAL));
+    memcpy(query, numbers(query_row(head, element(head->plan, tile->query, 0)), head->D, w->query_row, w),
+           (size_t)head->D * sizeof(REAL));
     w->kernel->scale(head->D, query, (REAL)(head->scale * log2_e));
     while (gather(head, &t, w)) {
         if (cmb_cancelled(cancel, worker))
@@ -737,15 +913,19 @@ static bool begin_lane(const cmb_head *head, const tile_state *t, int lane, REAL
     const int64_t x = element(head->plan, t->tile->query, lane), r = x - head->L;
     const REAL lse = *lse_of(head, x);
     *lse2 = *delta = 0;
-    w->lane_in[lane] = query_row(head, element(head->plan, t->tile->query, live_lane(t, lane)));
+    const table_row query = query_row(head, element(head->plan, t->tile->query, live_lane(t, lane)));
+    const table_row grad = r < 0 ? stored_row(head->grad.out, x) : number_row(sum_at(head->grad.region_value, r));
+    w->lane_in[lane] = operand(t, query, head->D, w->query_row + lane * head->D, w);
+    w->grad_in[lane] = operand(t, grad, head->Dv, w->grad_row + lane * head->Dv, w);
     w->lane_out[lane] = r < 0 ? sum_at(head->grad.query, x) : sum_at(head->grad.region_query, r);
-    w->grad_in[lane] = r < 0 ? at(head->grad.out, x) : sum_at(head->grad.region_value, r);
     w->key_grad_in[lane] = t->weighted ? sum_at(head->grad.region_key, r) : NULL;
     if (lse == -infinity)
         return false;
-    const REAL *result = result_row(head, x);
+    const REAL *result =
+        r < 0 ? numbers(stored_row(head->out, x), head->Dv, w->result_row, w) : at(head->region_value, r);
+    const REAL *out_grad = t->paired ? numbers(grad, head->Dv, w->result_row + head->Dv, w) : w->grad_in[lane];
     *lse2 = (REAL)((double)lse * log2_e);
-    w->kernel->dot(1, &result, head->Dv, w->grad_in[lane], delta);
+    w->kernel->dot(1, &result, head->Dv, out_grad, delta);
     if (t->weighted) {
         const REAL *key = at(head->region_key, r);
         REAL more;
@@ -759,7 +939,7 @@ static bool begin_lane(const cmb_head *head, const tile_state *t, int lane, REAL
 
 static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w, cmb_cancel *cancel,
                                int worker) {
-    tile_state t = begin_tile(head, tile);
+    tile_state t = begin_tile(head, tile, w);
     w->width = tile->width;
     REAL *lse2 = w->state, *delta = lse2 + WIDEST;
     if (!t.all)
@@ -773,16 +953,20 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
         return;
     for (int lane = t.n; lane < w->width; lane++)
         lse2[lane] = delta[lane] = 0;
-    w->kernel->pack(t.n, w->lane_in, head->D, (REAL)(head->scale * log2_e), w->width, w->packed);
-    w->kernel->pack(t.n, w->grad_in, head->Dv, 1, w->width, w->packed_grad);
+    pack(&t, w->lane_in, head->D, (REAL)(head->scale * log2_e), w->packed, w);
+    pack(&t, w->grad_in, head->Dv, 1, w->packed_grad, w);
     if (t.weighted)
         w->kernel->pack(t.n, w->key_grad_in, head->D, 1, w->width, w->packed_key_grad);
+    const REAL *const *query_in = w->lane_in, *const *grad_in = w->grad_in;
+    if (t.paired) {
+        query_in = pair_rows(t.n, query_in, head->D, w->pair_query, w->pair_query_in, w);
+        grad_in = pair_rows(t.n, grad_in, head->Dv, w->pair_grad, w->pair_grad_in, w);
+    }
 
     while (gather(head, &t, w)) {
         if (cmb_cancelled(cancel, worker))
             return;
-        row_products(&t, w->key, head->D, w->packed, w->s, false, true, w);
-        add_bias(head, &t, w->width, w);
+        logits(head, &t, true, w);
         row_products(&t, w->value, head->Dv, w->packed_grad, w->dp, false, true, w);
         if (t.weighted)
             row_products(&t, w->key, head->D, w->packed_key_grad, w->dp, true, false, w);
@@ -796,17 +980,17 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
                                                   delta, (REAL)head->scale);
         if (t.dropout)
             drop(&t, w->width, w->s, w);
-        row_sums(&t, w->s, w->grad_in, head->Dv, w->dvalue, !finite, w);
+        row_sums(&t, w->s, grad_in, head->Dv, w->dvalue, !finite, w);
         if (t.weighted)
             row_sums(&t, w->s, w->key_grad_in, head->D, w->dkey, !finite, w);
-        row_sums(&t, w->dp, w->lane_in, head->D, w->dkey, !finite, w);
+        row_sums(&t, w->dp, query_in, head->D, w->dkey, !finite, w);
         lane_sums(&t, w->dp, w->key, head->D, w->lane_out, !finite, w);
     }
 }
 
 static void row_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w, cmb_cancel *cancel,
                               int worker) {
-    tile_state t = begin_tile(head, tile);
+    tile_state t = begin_tile(head, tile, w);
     REAL lse2, delta, *query = w->line;
     const REAL *dp = w->dp;
     if (!t.all || !begin_lane(head, &t, 0, &lse2, &delta, w))
@@ -880,28 +1064,43 @@ static void finish(int64_t n, cmb_rows lse, cmb_rows rows, int64_t dim, cmb_rows
     }
 }
 
-static void copy_region_keys(const cmb_head *head, int64_t n, cmb_rows to) {
+static void copy_region_keys(const cmb_head *head, int64_t n, cmb_rows to, const cmb_scratch *w) {
     for (int64_t r = 0; r < n; r++) {
+        STORED *row = (STORED *)to.data + r * to.row;
         if (*at(head->region_lse, r) == -infinity)
-            memset(at(to, r), 0, (size_t)head->D * sizeof(REAL));
+            memset(row, 0, (size_t)head->D * sizeof *row);
+        else if (head->pick_key)
+            memcpy(row, (const STORED *)head->key.data + head->pick[r] * head->key.row, (size_t)head->D * sizeof *row);
         else
-            memcpy(at(to, r), key_row(head, head->L + r), (size_t)head->D * sizeof(REAL));
+            to_stored(head->D, at(head->region_key, r), row, w);
     }
 }
 
-static void begin_gradient(int64_t n, cmb_rows lse, cmb_rows from, cmb_rows to) {
+static void begin_gradient(int64_t n, cmb_rows lse, cmb_rows from, cmb_rows to, const cmb_scratch *w) {
     for (int64_t x = 0; x < n; x++) {
         if (*at(lse, x) == -infinity)
             continue;
         REAL *sum = sum_at(to, x);
+        const REAL *more = numbers(stored_row(from, x), to.dim, w->sum, w);
         for (int64_t d = 0; d < to.dim; d++)
-            sum[d] += at(from, x)[d];
+            sum[d] += more[d];
     }
 }
 
-const cmb_stage_table *NAME2(cmb_stages, SUFFIX)(void) {
+static void widen(int64_t n, int64_t dim, cmb_rows from, cmb_rows to, const cmb_scratch *w) {
+    for (int64_t x = 0; x < n; x++)
+        numbers(stored_row(from, x), dim, at(to, x), w);
+}
+
+static void narrow(int64_t n, int64_t dim, cmb_rows from, cmb_rows to, const cmb_scratch *w) {
+    for (int64_t x = 0; x < n; x++)
+        to_stored(dim, at(from, x), (STORED *)to.data + x * to.row, w);
+}
+
+const cmb_stage_table *NAME2(cmb_stages, FORMAT)(void) {
     static const cmb_stage_table table = {
         .size = sizeof(REAL),
+        .stored_size = sizeof(STORED),
         .scratch = take_scratch,
         .pool = pool,
         .pool_backward = pool_backward,
@@ -912,6 +1111,8 @@ const cmb_stage_table *NAME2(cmb_stages, SUFFIX)(void) {
         .copy_region_keys = copy_region_keys,
         .clear = clear,
         .begin_gradient = begin_gradient,
+        .widen = widen,
+        .narrow = narrow,
     };
     return &table;
 }

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 import combiner
@@ -176,13 +177,17 @@ class Problem:
         return Problem(tuple(map(cast, self.inputs)), self.pattern, options, cast(self.grad_out), cast(self.grad_lse))
 
 
-def each_isa() -> Iterator[str]:
+PAIRING = "avx512_bf16"  # multiplies pairs of bfloat16, rounded weights among them; in all else it is avx512
+
+
+def each_isa(*, pairing: bool = False) -> Iterator[str]:
     """The instruction sets of this machine, forced in turn; what was in force comes back at the end."""
     before = combiner.info()["isa"]
     try:
         for isa in combiner.info()["isas"]:
-            combiner.set_isa(isa)
-            yield isa
+            if isa != PAIRING or pairing:
+                combiner.set_isa(isa)
+                yield isa
     finally:
         combiner.set_isa(before)
 
@@ -247,7 +252,13 @@ def below(parts: Parts, L: int) -> list[list[int]]:
 
 # The tolerance rule. float64: 1e-10 of the scale of the values. float32: a logit S is off by 2^-24 S, which moves its
 # weight by that share; and the largest error is at most twice that of plain dense attention in float32. Both grow with
-# the number of softmaxes that stand on one another: a region's error adds to its reader's.
+# the number of softmaxes that stand on one another: a region's error adds to its reader's. The 16-bit dtypes: that of
+# float32, and what rounding the results loses.
+
+
+def unit(dtype) -> float:
+    """What rounding to a 16-bit dtype loses at most, as a share of a number's size."""
+    return float(ml_dtypes.finfo(dtype).eps) / 2
 
 
 class Judge:
@@ -259,6 +270,7 @@ class Judge:
         self.lse, heads = self.saved["lse"], self.saved["heads"]
         self.S = heads.write(heads.Hq, (heads.L,), _largest_logits)
         self.S_terms = heads.write(heads.Hq, (heads.L,), lambda head: _largest_logits(head, np.abs))
+        self.averages = any(x.weighted or x.pooling in ("mean", "sum") for x in heads.parts.values())
         self.stages = 1
         for parts in heads.parts.values():
             depth = [0] * heads.L
@@ -295,7 +307,14 @@ class Judge:
                 within = np.minimum(within, dense + 2.0**-22 * _largest(self.problem.inputs[2]))
             size = np.abs(np.where(np.isfinite(self.lse), self.lse, 0))  # it is rounded to its own size
             within_lse = (8 + 8 * self.S_terms + size) * 2.0**-24
-        close(out, self.out, within, "out")
+        if out.dtype.itemsize == 2:
+            within = within + unit(out.dtype) * np.abs(self.out) + ml_dtypes.finfo(out.dtype).smallest_subnormal
+            if out.dtype == ml_dtypes.bfloat16 and combiner.info()["isa"] == PAIRING:
+                # rounded too: weights, and queries and keys that are averages, each as often as there are stages
+                moved = 2 * self.averages * self.stages * unit(out.dtype) * self.S_terms
+                within = within + (self.stages * unit(out.dtype) + 2 * moved[..., None]) * self.spread
+                within_lse = within_lse + moved
+        close(out.astype(self.out.dtype), self.out, within, "out")
         if lse is not None:
             close(lse, self.lse, within_lse, "lse")
 
@@ -327,7 +346,9 @@ class Judge:
                 within = 1e-10 * max(size, 1)
             else:
                 within = self.kept * max(2, self.stages) * error + (8 + 8 * self.S.max(initial=0)) * 2.0**-24 * size
-            close(actual, expected, within, f"gradient of {name}")
+            if actual.dtype.itemsize == 2:  # out and the summaries' values were rounded on their way here too
+                within = within + unit(actual.dtype) * (np.abs(expected) + 2 * self.stages * size)
+            close(actual.astype(expected.dtype), expected, within, f"gradient of {name}")
 
 
 def close(actual: np.ndarray, expected: np.ndarray, within: float | np.ndarray, name: str) -> None:

@@ -69,11 +69,16 @@ def wrong_arrays() -> list[tuple[str, Any, type[Exception], str]]:
     for name in ARRAYS:
         x = normal(*SHAPES[name])
         wrong += [
-            (name, x.tolist(), TypeError, f"{name} must be a float32 or float64 NumPy array, got list"),
+            (
+                name,
+                x.tolist(),
+                TypeError,
+                f"{name} must be a float32, float64, bfloat16 or float16 NumPy array, got list",
+            ),
             (name, "text", TypeError, f"{name} must be .*, got str"),
             (name, np.ma.masked_array(x), TypeError, f"{name} must be .*, got MaskedArray"),
             (name, x.astype(np.int64), TypeError, f"{name} must be .*, got int64"),
-            (name, x.astype(np.float16), TypeError, f"{name} must be .*, got float16"),
+            (name, x.astype(np.float16), TypeError, "must be .* like query, got float"),
             (name, x.astype(complex), TypeError, f"{name} must be .*, got complex128"),
             (name, x.astype(object), TypeError, f"{name} must be .*, got object"),
             (name, x.astype([("a", "f8")]), TypeError, f"{name} must be .*, got "),
@@ -89,7 +94,14 @@ def wrong_arrays() -> list[tuple[str, Any, type[Exception], str]]:
                 (name, np.float64(1.0), (TypeError, ValueError), name),
             ]
         if name not in ("query", "region_query", "region_key", "out"):
-            wrong.append((name, None, TypeError, f"{name} must be a float32 or float64 NumPy array, got NoneType"))
+            wrong.append(
+                (
+                    name,
+                    None,
+                    TypeError,
+                    f"{name} must be a float32, float64, bfloat16 or float16 NumPy array, got NoneType",
+                )
+            )
         if name != "value":
             wrong.append((name, x[..., :-1], ValueError, "must have shape"))
     return wrong
@@ -369,7 +381,7 @@ def test_backward_names_a_bad_argument():
     out, saved = combiner.attention_forward(**arguments)
     lse = saved["lse"]
     for grad_out, error, message in [
-        (None, TypeError, "grad_out must be a float32 or float64 NumPy array, got NoneType"),
+        (None, TypeError, "grad_out must be a float32, float64, bfloat16 or float16 NumPy array, got NoneType"),
         (out.tolist(), TypeError, "grad_out must be .*, got list"),
         (out.astype(np.float32), TypeError, "grad_out must be float64 like query, got float32"),
         (out[..., :-1], ValueError, r"grad_out must have shape \(2, 4, 12, 5\), got \(2, 4, 12, 4\)"),

@@ -4,6 +4,7 @@
 Compared as bytes, but for -0 and +0 where a sum ends in exact zeros. One test says that bits differ where they should.
 """
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import Clustered, each_isa
@@ -35,13 +36,14 @@ PATTERNS = [
 ]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 both_directions = pytest.mark.parametrize("is_causal", (True, False))
-both_dtypes = pytest.mark.parametrize("dtype", (np.float32, np.float64))
+both_dtypes = pytest.mark.parametrize("dtype", (np.float32, np.float64, ml_dtypes.bfloat16))
 
 
 def draw(rng, L=150, B=2, Hq=4, Hk=2, D=20, Dv=12, dtype=np.float32) -> list[np.ndarray]:
     """query, key, value, and the cotangents of out and lse."""
     shapes = [(B, Hq, L, D), (B, Hk, L, D), (B, Hk, L, Dv), (B, Hq, L, Dv), (B, Hq, L)]
-    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+    *arrays, grad_lse = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+    return [*arrays, grad_lse.astype(np.float64 if dtype == np.float64 else np.float32)]
 
 
 def run(arrays, pattern, **options) -> list[np.ndarray]:

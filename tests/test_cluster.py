@@ -393,16 +393,16 @@ X = good()["x"]
 SWAPPED = X.dtype.newbyteorder()
 WRONG = [
     *(
-        ("x", x, TypeError, f"x must be a float32 or float64 NumPy array, got {name}")
+        ("x", x, TypeError, f"x must be a float32, float64, bfloat16 or float16 NumPy array, got {name}")
         for x, name in (
             (X.tolist(), "list"),
             (None, "NoneType"),
             (np.ma.masked_array(X), "MaskedArray"),
             (X.astype(np.int64), "int64"),
-            (X.astype(np.float16), "float16"),
             (X.astype(complex), "complex128"),
         )
     ),
+    ("centroids", X.astype(np.float16), TypeError, "centroids must be float64 like x, got float32"),
     ("x", X.astype(SWAPPED), TypeError, "x must be in native byte order"),
     ("x", X[0, 0, 0], ValueError, r"x must have shape \(..., L, D\), got 1 axes"),
     ("x", X[..., :0], ValueError, "x must have 1 to 1024 features, got 0"),
@@ -423,7 +423,12 @@ WRONG = [
     ("seed", None, TypeError, "seed must be an integer, got NoneType"),
     ("balanced", 1, TypeError, "balanced must be a bool, got int"),
     ("balanced", None, TypeError, "balanced must be a bool, got NoneType"),
-    ("centroids", X.tolist(), TypeError, "centroids must be a float32 or float64 NumPy array, got list"),
+    (
+        "centroids",
+        X.tolist(),
+        TypeError,
+        "centroids must be a float32, float64, bfloat16 or float16 NumPy array, got list",
+    ),
     ("centroids", X.astype(np.float32), TypeError, "centroids must be float64 like x, got float32"),
     ("centroids", X[0], ValueError, r"centroids must have shape \(2, 3, n, 4\), got \(3, 12, 4\)"),
     ("centroids", X[:, :2], ValueError, r"centroids must have shape \(2, 3, n, 4\), got \(2, 2, 12, 4\)"),

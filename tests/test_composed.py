@@ -256,7 +256,7 @@ EMPTY = np.ones((2, 0, 4))
         (dict(pattern=Mixture(Fixed(4)), region_key=np.ones((2, 3, 4))), ValueError, "(..., 2, D), got (2, 3, 4)"),
         (dict(pattern=Mixture(Fixed(4), Fixed(4).plan(7))), ValueError, "a plan for the length of query, 8"),
         (dict(pattern=Mixture(Fixed(4).plan(8)), is_causal=True), ValueError, "is_causal must be False with"),
-        (dict(pattern=Mixture(Fixed(4)), query=3), TypeError, "query must be a float32 or float64"),
+        (dict(pattern=Mixture(Fixed(4)), query=3), TypeError, "query must be a float32, float64"),
         (dict(dropout_p=-0.1), ValueError, "dropout_p must be between 0 and 1, got -0.1"),
         (dict(dropout_p=1.5), ValueError, "dropout_p must be between 0 and 1, got 1.5"),
         (dict(dropout_p=float("nan")), ValueError, "dropout_p must be between 0 and 1, got nan"),

@@ -307,9 +307,13 @@ def test_scales_refused(scale, error, message):
 
 FIRST = [  # what the first call is refused; each is the library's own error
     ((ONE[0, 0, 0], ONE, ONE), ValueError, "query must have shape"),
-    (([1.0], ONE, ONE), TypeError, "query must be a float32 or float64 NumPy array, got list"),
-    ((ONE, np.ma.masked_array(ONE), ONE), TypeError, "key must be a float32 or float64 NumPy array, got MaskedArray"),
-    ((ONE.astype(int), ONE, ONE), TypeError, "query must be a float32 or float64"),
+    (([1.0], ONE, ONE), TypeError, "query must be a float32, float64, bfloat16 or float16 NumPy array, got list"),
+    (
+        (ONE, np.ma.masked_array(ONE), ONE),
+        TypeError,
+        "key must be a float32, float64, bfloat16 or float16 NumPy array, got MaskedArray",
+    ),
+    ((ONE.astype(int), ONE, ONE), TypeError, "query must be a float32, float64"),
     ((ONE, ONE.astype(np.float64), ONE), TypeError, "key must be float32 like query, got float64"),
     ((ONE, ONE[:, :3], ONE[:, :3]), ValueError, "the heads of query must be a multiple of the heads of key"),
     ((ONE, ONE[..., :7], ONE), ValueError, "key must have shape"),
@@ -327,7 +331,7 @@ LATER = [  # and the next one
     ((ONE, ONE[:, :, :0], ONE), ValueError, "key must have shape (2, 4, 1, 8) like the tokens before, got"),
     ((ONE[0], ONE[0], ONE[0]), ValueError, "query must have shape (2, 4, 1, 8) like the tokens before, got (4, 1, 8)"),
     ((ONE[0, 0, 0],) * 3, ValueError, "query must have shape"),
-    (([1.0], ONE, ONE), TypeError, "query must be a float32 or float64 NumPy array, got list"),
+    (([1.0], ONE, ONE), TypeError, "query must be a float32, float64, bfloat16 or float16 NumPy array, got list"),
 ]
 
 

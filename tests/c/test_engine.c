@@ -5,6 +5,7 @@
  * and forks.
  */
 #define _GNU_SOURCE
+#include "kernels.h"
 #include "testlib.h"
 
 #include <float.h>
@@ -786,6 +787,106 @@ static void broadcast_inputs(void) {
     free_fixture(g);
 }
 
+/* The numbers of a float array without gaps, rounded in place and as the 16-bit dtype has them. */
+static void round_array(const cmb_half *half, const cmb_array *a, int64_t B, int64_t rows, int64_t dim, cmb_array *to) {
+    const int64_t count = B * a->heads * rows * dim;
+    if (!a->data)
+        return;
+    *to = *a;
+    to->data = zeros((size_t)count, sizeof(uint16_t));
+    half->narrow(count, a->data, to->data);
+    half->widen(count, to->data, a->data);
+}
+
+static void check_rounded(const cmb_half *half, const cmb_array *a, const cmb_array *rounded, int64_t B, int64_t rows,
+                          int64_t dim, const char *name) {
+    const int64_t count = B * a->heads * rows * dim;
+    if (!a->data)
+        return;
+    uint16_t *expected = zeros((size_t)count, sizeof *expected);
+    half->narrow(count, a->data, expected);
+    CHECK(memcmp(rounded->data, expected, (size_t)count * sizeof *expected) == 0, "%s: %s", name, context);
+    free(expected);
+}
+
+/* Without products of pairs a 16-bit dtype has, to the bit, float's results, rounded. */
+static void half_dtype(request asked, cmb_dtype dtype) {
+    fixture *f = new_fixture(asked);
+    const cmb_half *half = dtype == CMB_BFLOAT16 ? cmb_half_in_force_bf16() : cmb_half_in_force_f16();
+    const int64_t B = asked.B, L = asked.L, R = f->plan->R, D = asked.D, Dv = asked.Dv;
+    cmb_problem *p = &f->problem, q = *p;
+    cmb_gradients *g = &f->gradients, d = *g;
+    q.dtype = dtype;
+    const struct {
+        cmb_array *wide, *rounded;
+        int64_t rows, dim;
+        const char *name;
+    } arrays[] = {
+        {&p->query, &q.query, L, D, "query"},
+        {&p->key, &q.key, L, D, "key"},
+        {&p->value, &q.value, L, Dv, "value"},
+        {&p->region_query, &q.region_query, R, D, "region_query"},
+        {&p->region_key, &q.region_key, R, D, "region_key"},
+        {&g->out, &d.out, L, Dv, "gradient of out"},
+        {&p->out, &q.out, L, Dv, "out"},
+        {&p->summary_value, &q.summary_value, R, Dv, "summary_value"},
+        {&p->summary_key, &q.summary_key, R, D, "summary_key"},
+        {&g->query, &d.query, L, D, "gradient of query"},
+        {&g->key, &d.key, L, D, "gradient of key"},
+        {&g->value, &d.value, L, Dv, "gradient of value"},
+        {&g->region_query, &d.region_query, R, D, "gradient of region_query"},
+        {&g->region_key, &d.region_key, R, D, "gradient of region_key"},
+    };
+    enum { COUNT = sizeof arrays / sizeof *arrays };
+    for (int n = 0; n < COUNT; n++)
+        round_array(half, arrays[n].wide, B, arrays[n].rows, arrays[n].dim, arrays[n].rounded);
+    q.lse = new_array(f, asked.Hq, L, 1);
+    q.summary_lse = new_array(f, asked.Hq, R, 1);
+    cmb_error error = {0};
+    forward(f);
+    CHECK(cmb_forward(&q, NULL, &error) == CMB_OK, "%s: %s", error.message, context);
+    CHECK(memcmp(q.lse.data, p->lse.data, (size_t)(B * asked.Hq * L) * sizeof(float)) == 0, "lse: %s", context);
+    for (int n = 6; n < 9; n++) {
+        check_rounded(half, arrays[n].wide, arrays[n].rounded, B, arrays[n].rows, arrays[n].dim, arrays[n].name);
+        if (arrays[n].wide->data)
+            half->widen(B * arrays[n].wide->heads * arrays[n].rows * arrays[n].dim, arrays[n].rounded->data,
+                        arrays[n].wide->data);
+    }
+    backward(f);
+    CHECK(cmb_backward(&q, &d, NULL, &error) == CMB_OK, "%s: %s", error.message, context);
+    for (int n = 9; n < COUNT; n++)
+        check_rounded(half, arrays[n].wide, arrays[n].rounded, B, arrays[n].rows, arrays[n].dim, arrays[n].name);
+    for (int n = 0; n < COUNT; n++)
+        if (arrays[n].wide->data)
+            free(arrays[n].rounded->data);
+    free_fixture(f);
+}
+
+static void half_dtypes(void) {
+    const char *isa = cmb_get_isa();
+    if (strcmp(isa, "avx512_bf16") == 0)
+        CHECK(cmb_set_isa("avx512", NULL) == CMB_OK);
+    for (int which = DENSE; which < PATTERNS; which++)
+        for (int options = 0; options < 4; options++) {
+            request asked = small;
+            asked.pattern = (pattern)which;
+            asked.B = 2;
+            asked.Hq = 4;
+            asked.Hk = 2;
+            asked.L = 71;
+            asked.options.is_causal = options & 1;
+            asked.masked = options & 2;
+            asked.given_query = options == 1;
+            asked.given_key = options == 2 ? 2 : 0;
+            asked.dtype = CMB_FLOAT32;
+            for (int dtype = CMB_BFLOAT16; dtype <= CMB_FLOAT16; dtype++) {
+                CASE("pattern %d options %d dtype %d", which, options, dtype);
+                half_dtype(asked, (cmb_dtype)dtype);
+            }
+        }
+    CHECK(cmb_set_isa(isa, NULL) == CMB_OK);
+}
+
 static void threads(void) {
     static const int counts[] = {1, 2, 3, 7};
     for (int which = DENSE; which < PATTERNS; which++) {
@@ -1061,7 +1162,7 @@ static void wrong_arguments(void) {
         memcpy(before[i], f->block[i].memory, f->block[i].bytes);
     }
 
-    WRONG(false, VALUE, "dtype must be CMB_FLOAT32 or CMB_FLOAT64, got 7", memset(&p->dtype, 0, sizeof p->dtype);
+    WRONG(false, VALUE, "dtype must be between 0 and 3, got 7", memset(&p->dtype, 0, sizeof p->dtype);
           memset(&p->dtype, 7, 1));
     WRONG(false, VALUE, "stages must be 1, 2 or 3, got 0", memset(&p->stages, 0, sizeof p->stages));
     WRONG(false, VALUE, "stages must be 1, 2 or 3, got 4", memset(&p->stages, 0, sizeof p->stages);
@@ -1473,6 +1574,7 @@ int main(int argc, char **argv) {
         TEST(layouts),
         TEST(gaps_are_kept),
         TEST(broadcast_inputs),
+        TEST(half_dtypes),
         TEST(threads),
         TEST(instruction_sets),
         TEST(company),

@@ -23,16 +23,20 @@ static const struct {
     bool fused; /* multiply-add rounds once */
     const cmb_kernels_f32 *f32;
     const cmb_kernels_f64 *f64;
+    const cmb_half *bf16, *f16;
 } isas[] = {
+#define ISA(isa, fused) \
+    { #isa, fused, &cmb_kernels_##isa##_f32, &cmb_kernels_##isa##_f64, &cmb_half_##isa##_bf16, &cmb_half_##isa##_f16 }
 #if defined(__x86_64__)
-    {"base", false, &cmb_kernels_base_f32, &cmb_kernels_base_f64},
-    {"avx2", true, &cmb_kernels_avx2_f32, &cmb_kernels_avx2_f64},
-    {"avx512", true, &cmb_kernels_avx512_f32, &cmb_kernels_avx512_f64},
+    ISA(base, false),
+    ISA(avx2, true),
+    ISA(avx512, true),
+    ISA(avx512_bf16, true),
 #elif defined(__aarch64__)
-    {"base", true, &cmb_kernels_base_f32, &cmb_kernels_base_f64},
-    {"neon", true, &cmb_kernels_neon_f32, &cmb_kernels_neon_f64},
+    ISA(base, true),
+    ISA(neon, true),
 #else
-    {"base", false, &cmb_kernels_base_f32, &cmb_kernels_base_f64},
+    ISA(base, false),
 #endif
 };
 
@@ -271,6 +275,189 @@ static void exp2_of_doubles(void) {
     }
 }
 
+/* ---- the 16-bit formats ------------------------------------------------------------------------- */
+
+typedef struct {
+    const char *name;
+    int mantissa, bias; /* bits, and what the exponent is ahead by */
+} half_format;
+static const half_format formats[] = {{"bf16", 7, 127}, {"f16", 10, 15}};
+
+static const cmb_half *half_of(int isa, int format) { return format ? isas[isa].f16 : isas[isa].bf16; }
+
+/* What the bits say; Inf and NaN apart. */
+static double half_value(half_format f, uint16_t x) {
+    const int exponent = (x & 0x7fff) >> f.mantissa, fraction = x & ((1 << f.mantissa) - 1);
+    const double size = exponent ? ldexp(fraction + (1 << f.mantissa), exponent - f.bias - f.mantissa)
+                                 : ldexp(fraction, 1 - f.bias - f.mantissa);
+    return x & 0x8000 ? -size : size;
+}
+
+static void check_narrow(int format, float x, uint16_t want) {
+    for (int isa = 0; isa < cmb_isa_count(); isa++) {
+        uint16_t got;
+        half_of(isa, format)->narrow(1, &x, &got);
+        CHECK(got == want, "%s %s: %a becomes %04x, not %04x", isas[isa].name, formats[format].name, (double)x, got,
+              want);
+    }
+}
+
+/* Every number there is, and the floats at and beside the middle between it and the next. */
+static void half_numbers(void) {
+    for (int format = 0; format < 2; format++) {
+        const half_format f = formats[format];
+        const uint16_t infinity = (uint16_t)(0x7fff >> f.mantissa << f.mantissa);
+        for (uint32_t bits = 0; bits < 0x10000; bits++) {
+            const uint16_t x = (uint16_t)bits, size = x & 0x7fff;
+            for (int isa = 0; isa < cmb_isa_count(); isa++) {
+                float wide;
+                half_of(isa, format)->widen(1, &x, &wide);
+                if (size > infinity)
+                    CHECK(isnan(wide), "%s %s: %04x is %a", isas[isa].name, f.name, x, (double)wide);
+                else
+                    CHECK((double)wide ==
+                                  (size == infinity ? copysign(INFINITY, x & 0x8000 ? -1 : 1) : half_value(f, x)) &&
+                              !signbit(wide) == !(x & 0x8000),
+                          "%s %s: %04x is %a", isas[isa].name, f.name, x, (double)wide);
+                uint16_t back;
+                half_of(isa, format)->narrow(1, &wide, &back);
+                CHECK(size > infinity ? (back & 0x7fff) > infinity : back == x, "%s %s: %04x comes back as %04x",
+                      isas[isa].name, f.name, x, back);
+            }
+            if (size >= infinity)
+                continue;
+            /* past the last number comes what would be the next: there Inf begins */
+            const double next = half_value(f, (uint16_t)(x + 1));
+            const double after = size + 1 == infinity ? copysign(ldexp(1, f.bias + 1), next) : next;
+            const float middle = (float)((half_value(f, x) + after) / 2);
+            if (isinf(middle))
+                continue;
+            check_narrow(format, middle, x & 1 ? (uint16_t)(x + 1) : x);
+            check_narrow(format, nextafterf(middle, 0), x);
+            check_narrow(format, nextafterf(middle, copysignf(INFINITY, middle)), (uint16_t)(x + 1));
+        }
+        check_narrow(format, FLT_MAX, infinity);
+        check_narrow(format, -FLT_MAX, infinity | 0x8000);
+        check_narrow(format, INFINITY, infinity);
+    }
+}
+
+static void half_rows(void) {
+    for (int format = 0; format < 2; format++)
+        for (int n = 0; n < 70; n++) {
+            CASE("%s rows of %d", formats[format].name, n);
+            uint16_t *x = take(n, sizeof *x);
+            for (int i = 0; i < n; i++)
+                x[i] = (uint16_t)(random_bits() & 0xbfff); /* no Inf, no NaN */
+            for (int isa = 0; isa < cmb_isa_count(); isa++) {
+                float *wide = take(n, sizeof *wide);
+                uint16_t *back = take(n, sizeof *back);
+                half_of(isa, format)->widen(n, x, wide);
+                half_of(isa, format)->narrow(n, wide, back);
+                for (int i = 0; i < n; i++)
+                    CHECK((double)wide[i] == half_value(formats[format], x[i]) && back[i] == x[i], "%s [%d]: %s",
+                          isas[isa].name, i, context);
+            }
+            check_fence();
+        }
+}
+
+/* A number of bfloat16, at random. */
+static uint16_t random_bf16(void) {
+    const float x = (float)uniform(-1, 1);
+    uint16_t half;
+    cmb_half_base_bf16.narrow(1, &x, &half);
+    return half;
+}
+
+static uint16_t *half_row(int n) {
+    uint16_t *x = take(n, sizeof *x);
+    for (int i = 0; i < n; i++)
+        x[i] = random_bf16();
+    return x;
+}
+
+static uint16_t **half_rows_of(int n, int numbers) {
+    uint16_t **row = take(n, sizeof *row);
+    for (int i = 0; i < n; i++)
+        row[i] = half_row(numbers);
+    return row;
+}
+
+static void check_pair_product(const cmb_half *half, int m, int n, int k, int step, bool add) {
+    CASE("pairs: product m %d n %d k %d step %d add %d", m, n, k, step, add);
+    uint16_t **a = half_rows_of(m, 2 * ((k - 1) * step + 1)), **b = half_rows_of(k, 2 * n);
+    float **c = rows_f32(m, n);
+    double *before = take(m * n, sizeof *before);
+    for (int i = 0; i < m * n; i++)
+        before[i] = add ? (double)c[i / n][i % n] : 0;
+    half->product(m, n, k, a, step, b, c, 0, add);
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) {
+            double sum = before[i * n + j], size = fabs(sum);
+            for (int t = 0; t < 2 * k; t++) {
+                const double term = half_value(formats[0], a[i][t / 2 * step * 2 + t % 2]) *
+                                    half_value(formats[0], b[t / 2][2 * j + t % 2]);
+                sum += term;
+                size += fabs(term);
+            }
+            /* 2 k roundings of partial sums, of products too where they are not fused */
+            CHECK(fabs((double)c[i][j] - sum) <= (4 * k + 1) * (double)FLT_EPSILON * size, "[%d][%d] %g, not %g: %s", i,
+                  j, (double)c[i][j], sum, context);
+        }
+    check_fence();
+}
+
+static void pairs(void) {
+    for (int isa = 0; isa < cmb_isa_count(); isa++) {
+        const cmb_half *half = isas[isa].bf16;
+        CHECK(!isas[isa].f16->product);
+        if (!half->product)
+            continue;
+        for (int m = 1; m < 14; m++)
+            for (int n = 1; n < 70; n += 1 + random_below(9))
+                check_pair_product(half, m, n, 1 + random_below(40), 1 + random_below(2) * 15, random_below(2));
+        for (int n = 1; n < 70; n++) {
+            CASE("pairs of %d", n);
+            uint16_t *x = half_row(n), *y = half_row(n);
+            float *wide = take(2 * n, sizeof *wide);
+            uint32_t *stored = take(n, 4), *rounded = take(n, 4), *alone = take(n, 4);
+            half->widen(n, x, wide);
+            half->widen(n, y, wide + n);
+            for (int i = 0; i < 2 * n; i++) /* to be rounded back */
+                wide[i] *= 1 + (float)uniform(-0x1p-9, 0x1p-9);
+            half->interleave(n, x, y, stored);
+            half->interleave(n, x, NULL, alone);
+            half->pair(n, wide, wide + n, rounded);
+            for (int i = 0; i < n; i++) {
+                uint16_t low, high;
+                half->narrow(1, wide + i, &low);
+                half->narrow(1, wide + n + i, &high);
+                CHECK(stored[i] == (x[i] | (uint32_t)y[i] << 16) && alone[i] == x[i], "[%d]: %s", i, context);
+                CHECK(rounded[i] == (low | (uint32_t)high << 16), "[%d] %08x: %s", i, rounded[i], context);
+            }
+            half->pair(n, wide, NULL, rounded);
+            for (int i = 0; i < n; i++)
+                CHECK(rounded[i] >> 16 == 0, "[%d]: %s", i, context);
+            check_fence();
+        }
+        for (int width = 16; width <= 64; width += 16)
+            for (int n = 1; n <= width; n += 1 + random_below(5)) {
+                const int dim = 1 + random_below(40);
+                CASE("pairs: pack %d rows of %d to width %d", n, dim, width);
+                uint16_t **row = half_rows_of(n, 2 * dim);
+                uint32_t *packed = take(dim * width, 4), want;
+                half->pack(n, row, dim, width, packed);
+                for (int d = 0; d < dim; d++)
+                    for (int lane = 0; lane < width; lane++) {
+                        want = lane < n ? row[lane][2 * d] | (uint32_t)row[lane][2 * d + 1] << 16 : 0;
+                        CHECK(packed[d * width + lane] == want, "[%d][%d]: %s", d, lane, context);
+                    }
+                check_fence();
+            }
+    }
+}
+
 /* ---- timing ------------------------------------------------------------------------------------- */
 
 /* What no kernel can pass: twelve sums, each multiply-add waiting only for its own last. */
@@ -304,7 +491,7 @@ static double limit_gflops(const char *isa, bool is_double) {
     for (int trial = 0; trial < 5; trial++) {
         const double start = seconds();
 #if defined(__x86_64__)
-        if (strcmp(isa, "avx512") == 0) {
+        if (strncmp(isa, "avx512", 6) == 0) {
             lanes = is_double ? 8 : 16;
             sink = is_double ? loop_avx512_f64(rounds, 0.5) : loop_avx512_f32(rounds, 0.5f);
         } else if (strcmp(isa, "avx2") == 0) {
@@ -372,6 +559,9 @@ int main(int argc, char **argv) {
         BOTH(max_pool_backward),
         BOTH(argmax),
         BOTH(exp2_edges),
+        TEST(half_numbers),
+        TEST(half_rows),
+        TEST(pairs),
         TEST(exp2_of_floats),
         TEST(exp2_of_doubles),
     };

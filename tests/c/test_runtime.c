@@ -613,7 +613,7 @@ static void isa_choice(void) {
 #ifdef __aarch64__
     static const char *const names[] = {"base", "neon"};
 #else
-    static const char *const names[] = {"base", "avx2", "avx512"};
+    static const char *const names[] = {"base", "avx2", "avx512", "avx512_bf16"};
 #endif
     for (int n = 0; n < count; n++) {
         CHECK(strcmp(cmb_isa_name(n), names[n]) == 0);
@@ -629,6 +629,7 @@ static void isa_choice(void) {
     CHECK((count >= 2) == (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")));
     CHECK((count >= 3) == (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512f")));
+    CHECK((count >= 4) == (count >= 3 && __builtin_cpu_supports("avx512bf16")));
 #endif
 }
 

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * The 16-bit formats' one body (kernels.h says what each function computes), included after kernels.inc.h was for
+ * float, with the same parameters. Integer vectors alone: no instruction set's own conversions, so that every one
+ * gives the same bits, a NaN's too.
+ */
+typedef uint32_t words __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint16_t unaligned_halves __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
+INLINE words either(words condition, words a, words b) { return (a & condition) | (b & ~condition); }
+
+/* bfloat16 is the upper half of a float. */
+INLINE words bf16_widen(words x) { return x << 16; }
+
+INLINE words bf16_narrow(words x) {
+    const words nearest = (x + 0x7fff + (x >> 16 & 1)) >> 16; /* of two as near the even one */
+    return either((words)((x & 0x7fffffff) > 0x7f800000), x >> 16 | 0x40, nearest);
+}
+
+/* float16's exponent, of bias 15, read as a float's is off by 2^112; a product sets it right, subnormals too. */
+INLINE words f16_widen(words x) {
+    const words magnitude = (x & 0x7fff) << 13;
+    const vec number = (vec)magnitude * broadcast(0x1p112f);
+    const words special = (words)((x & 0x7c00) == 0x7c00); /* Inf, NaN */
+    return either(special, magnitude | 0x7f800000, (words)number) | (x & 0x8000) << 16;
+}
+
+INLINE words f16_narrow(words x) {
+    const words magnitude = x & 0x7fffffff, sign = x >> 16 & 0x8000;
+    const words normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13; /* Inf from 65520 on */
+    /* The last bit of a float in [1/2, 1) is worth what a subnormal's is: the sum rounds. */
+    const words subnormal = (words)((vec)magnitude + broadcast(0.5f)) - 0x3f000000;
+    words half = either((words)(magnitude < 0x38800000), subnormal, normal);
+    half = either((words)(magnitude >= 0x47800000), (words){0} + 0x7c00, half);
+    return sign | either((words)(magnitude > 0x7f800000), 0x7e00 | (magnitude >> 13 & 0x3ff), half);
+}
+
+#ifdef DOT_PAIRS
+#include "pairs.inc.h"
+#define PAIRS .product = pair_products, .pack = pair_pack, .interleave = pair_interleave, .pair = pair_narrow
+#else
+#define PAIRS .product = NULL
+#endif
+
+#define HALF(format, ...)                                                                                          \
+    static void format##_widen_row(int64_t n, const uint16_t *x, float *y) {                                       \
+        int64_t i = 0;                                                                                             \
+        for (; i + LANES <= n; i += LANES)                                                                         \
+            store(y + i, (vec)format##_widen(__builtin_convertvector(*(const unaligned_halves *)(x + i), words))); \
+        if (i < n) {                                                                                               \
+            halves rest = {0};                                                                                     \
+            memcpy(&rest, x + i, (size_t)(n - i) * sizeof *x);                                                     \
+            store_part(y + i, (vec)format##_widen(__builtin_convertvector(rest, words)), (int)(n - i));            \
+        }                                                                                                          \
+    }                                                                                                              \
+    static void format##_narrow_row(int64_t n, const float *x, uint16_t *y) {                                      \
+        int64_t i = 0;                                                                                             \
+        for (; i + LANES <= n; i += LANES)                                                                         \
+            *(unaligned_halves *)(y + i) = __builtin_convertvector(format##_narrow((words)load(x + i)), halves);   \
+        if (i < n) {                                                                                               \
+            const halves rest =                                                                                    \
+                __builtin_convertvector(format##_narrow((words)load_part(x + i, (int)(n - i))), halves);           \
+            memcpy(y + i, &rest, (size_t)(n - i) * sizeof *y);                                                     \
+        }                                                                                                          \
+    }                                                                                                              \
+    const cmb_half NAME3(cmb_half_, ISA,                                                                           \
+                         format) = {.widen = format##_widen_row, .narrow = format##_narrow_row, __VA_ARGS__};
+
+HALF(bf16, PAIRS)
+HALF(f16, .product = NULL)
+#undef HALF
+#undef PAIRS

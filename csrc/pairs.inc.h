@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Pairs of bfloat16 (kernels.h), where the instruction set multiplies them: DOT_PAIRS(a, b, c) is c plus both products
+ * of each pair. A pair lies where a float would and is never computed with as one.
+ */
+typedef uint32_t pair_bits __attribute__((may_alias));
+
+INLINE vec pair_factor(const float *p) { return (vec)((words){0} + *(const pair_bits *)p); }
+
+#define P(name) pair_##name
+#define FACTOR pair_factor
+#define MULTIPLY_ADD DOT_PAIRS
+#include "product.inc.h"
+
+static void pair_products(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_step, const void *b, const void *c,
+                          int64_t column, bool add) {
+    pair_product(m, n, k, a, a_step, b, c, column, add);
+}
+
+static void pair_pack(int n, const void *row, int64_t dim, int width, void *packed) {
+    K(pack_rows)(n, row, dim, false, 1, width, packed);
+}
+
+static void pair_interleave(int64_t n, const void *first, const void *second, void *to) {
+    const uint16_t *x = first, *y = second;
+    float *pairs = to;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const words low = __builtin_convertvector(*(const unaligned_halves *)(x + i), words);
+        const words high = y ? __builtin_convertvector(*(const unaligned_halves *)(y + i), words) : (words){0};
+        store(pairs + i, (vec)(low | high << 16));
+    }
+    for (; i < n; i++)
+        *(pair_bits *)(pairs + i) = x[i] | (y ? (uint32_t)y[i] << 16 : 0);
+}
+
+static void pair_narrow(int64_t n, const void *first, const void *second, void *to) {
+    const float *x = first, *y = second;
+    float *pairs = to;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        store(pairs + i, (vec)NARROW_PAIRS(load(x + i), y ? load(y + i) : (vec){0}));
+    if (i < n) {
+        const int rest = (int)(n - i);
+        store_part(pairs + i, (vec)NARROW_PAIRS(load_part(x + i, rest), y ? load_part(y + i, rest) : (vec){0}), rest);
+    }
+}
