@@ -1,499 +1,384 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Combiner attention for PyTorch: tensors on the CPU, autograd, torch.compile, torch.export, vmap and autocast.
+"""Combiner for PyTorch on the CPU: functions of tensors that autograd, torch.compile, torch.export and vmap know, and
+modules.
 
-`attention` is `combiner.attention` of tensors, as an operator that PyTorch's transformations know. Letters as in
-`combiner.functional`. What every function here has in common, beyond what is said there:
-
-- Tensors are on the CPU, float32, float64, bfloat16 or float16, never mixed. They are read where they are, whatever
-  their strides, as long as the last axis is contiguous, and results are handed over as the library made them. bfloat16
-  needs the package ml_dtypes.
-- Under ``torch.autocast("cpu")`` they are cast to its dtype first, but for float64.
-- Gradients are the library's: exact, in reverse mode, once. Second derivatives, forward mode and ``torch.func.grad``
-  are errors.
-- Threads are combiner's, not PyTorch's: ``combiner.set_num_threads``.
-- What is wrong with shapes the library says, compiled code when it runs.
+`attention`, `attention_weights`, `summarize`, `attend`, `merge`, `assign_clusters` and `update_centroids` are
+combiner's functions of tensors; `combiner.torch_ops` says what they have in common. `CombinerAttention` takes the place
+of ``torch.nn.MultiheadAttention``. Letters as in `combiner.functional`, and E for the width of a model.
 """
 
 from __future__ import annotations
 
-import ast
-import itertools
-import operator
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
+from torch import Tensor, nn
+from torch.nn import functional
 
 import combiner
 
-from . import calls
-from .patterns import AnyPattern, Axial, AxialMixture, Dense, Fixed, LogSparse, Mixture, Sparse, Tree
-from .plan import Array, Pooling, as_integer
+from .patterns import AnyPattern
+from .plan import Array, Plan, Pooling
+from .torch_ops import (
+    Routing,
+    Summary,
+    as_array,
+    as_tensor,
+    assign_clusters,
+    attend,
+    attention,
+    attention_weights,
+    merge,
+    summarize,
+    update_centroids,
+)
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+__all__ = [
+    "CombinerAttention",
+    "Decoder",
+    "DeepSets",
+    "OnlineRouting",
+    "Regions",
+    "Routing",
+    "Summary",
+    "assign_clusters",
+    "attend",
+    "attention",
+    "attention_weights",
+    "merge",
+    "region_mean",
+    "summarize",
+    "update_centroids",
+]
 
 
-# ---- tensors and arrays, of one memory
+# ---- learned abstractions
 
 
-def _array(x: Tensor | None) -> Any:
-    """The array that a tensor is; NumPy has no bfloat16 of its own."""
-    if x is None:
-        return None
-    if x.dtype == torch.bfloat16:
-        import ml_dtypes
+class Regions(NamedTuple):
+    """The positions below each region of a plan: those of region r are ``members[offsets[r]:offsets[r + 1]]``."""
 
-        return x.detach().view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)
-    return x.numpy(force=True)
+    members: Tensor
+    offsets: Tensor
 
 
-def _tensor(x: Array) -> Tensor:
-    """The tensor that an array is."""
-    if x.dtype.name == "bfloat16":
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(x)
+_regions_of_plan: weakref.WeakKeyDictionary[Plan, Regions] = weakref.WeakKeyDictionary()
 
 
-# ---- patterns as text: operators take tensors, numbers and strings
+@torch.compiler.disable
+def _regions(pattern: Any, length: int, is_causal: bool) -> Regions:
+    plan = pattern if isinstance(pattern, Plan) else pattern.plan(length, is_causal)
+    if not isinstance(plan, Plan):
+        raise ValueError(f"pattern must make one plan for all heads where the abstraction is learned, got {pattern!r}")
+    if plan not in _regions_of_plan:
+        members = np.concatenate([np.zeros(0, np.int64), *plan.regions])
+        offsets = np.cumsum([0, *map(len, plan.regions)], dtype=np.int64)
+        _regions_of_plan[plan] = Regions(as_tensor(members), as_tensor(offsets))
+    return _regions_of_plan[plan]
 
 
-@dataclass(frozen=True, eq=False)
-class Routing:
-    """`combiner.Routing` of a tensor, whose clusters may change from call to call of what torch.compile compiled.
+def region_mean(x: Tensor, regions: Regions, key_mask: Tensor | None = None) -> Tensor:
+    """The mean of x over the unmasked members of each region, 0 where there is none.
 
     Parameters
     ----------
-    clusters : int64 `[L]`, or `[..., Hk, L]` with a set for each batch entry and key head; not copied.
-    pooling, size_bias : as in `combiner.Routing`.
-    """
-
-    clusters: Tensor
-    pooling: Pooling = "max"
-    size_bias: bool = False
-
-
-# The patterns that are their parameters, and the names of these.
-_VALUES: dict[type, list[str]] = {
-    cls: [each.name for each in fields(cls)] for cls in (Axial, AxialMixture, Dense, Fixed, LogSparse, Tree)
-}
-_others: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # patterns that are no values, by number
-_numbers: dict[int, int] = {}  # theirs, by id
-_next_number = itertools.count().__next__
-
-
-def _text(pattern: object) -> str:
-    """What `_pattern` reads: patterns that are values spelled out, good in any process; the numbers of others."""
-    match pattern:
-        case Routing():
-            return f"Routing(pooling={pattern.pooling!r}, size_bias={pattern.size_bias!r})"
-        case Sparse() if _is_value(pattern):
-            return f"{_text(pattern.pattern)}.sparse()"
-        case Mixture() if _is_value(pattern):
-            return f"Mixture({', '.join([_text(each) for each in pattern.patterns])})"
-        case tuple():
-            return f"({' '.join([_number(each) for each in pattern])})"
-    if not _is_value(pattern):
-        return _number(pattern)
-    values = [f"{name}={_constant(getattr(pattern, name))!r}" for name in _VALUES[type(pattern)]]
-    return f"{type(pattern).__name__}({', '.join(values)})"
-
-
-def _is_value(pattern: object) -> bool:
-    if isinstance(pattern, Mixture):
-        return all([_is_value(each) for each in pattern.patterns])
-    return _is_value(pattern.pattern) if isinstance(pattern, Sparse) else type(pattern) in _VALUES
-
-
-def _constant(x: object) -> object:
-    """x, of which torch.compile may have made a symbol."""
-    return operator.index(x) if isinstance(x, int) and not isinstance(x, bool) else x
-
-
-@torch.compiler.assume_constant_result  # compiled code is of one object: with another it is compiled anew
-def _number(pattern: object) -> str:
-    """The number of an object, by which it is found as long as it lives."""
-    if id(pattern) not in _numbers:
-        number = _next_number()
-        try:
-            _others[number] = pattern
-        except TypeError:
-            kind = type(pattern).__name__
-            raise TypeError(f"pattern must be a pattern such as combiner.Fixed() or a Plan, got {kind}") from None
-        _numbers[id(pattern)] = number
-        weakref.finalize(pattern, _numbers.pop, id(pattern)).atexit = False
-    return str(_numbers[id(pattern)])
-
-
-def _pattern(text: str, clusters: Tensor | None = None) -> Any:
-    """The pattern of a text; clusters are a `Routing`'s."""
-    if clusters is not None:
-        return _read(text, Routing=partial(combiner.Routing, _array(clusters)))
-    if text[:1].isalpha():
-        return _value(text)
-    found = [_others.get(int(number)) for number in text.strip("()").split()]
-    if any(each is None for each in found):
-        raise RuntimeError(f"pattern must be alive and of this process, got a text of another: {text}")
-    return tuple(found) if text.startswith("(") else found[0]
-
-
-@lru_cache(maxsize=64)
-def _value(text: str) -> Any:
-    return _read(text, Mixture=Mixture, **{cls.__name__: cls for cls in _VALUES})
-
-
-def _read(text: str, **names: Callable[..., Any]) -> Any:
-    def read(node: ast.expr) -> Any:
-        match node:
-            case ast.Call(ast.Name(name), args, keywords) if name in names:
-                return names[name](*map(read, args), **{str(each.arg): read(each.value) for each in keywords})
-            case ast.Call(ast.Attribute(of, "sparse"), [], []):
-                return read(of).sparse()
-        return ast.literal_eval(node)
-
-    return read(ast.parse(text, mode="eval").body)
-
-
-# ---- the operators of attention
-
-
-class _Problem(NamedTuple):
-    """What both operators are given."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    pattern: str
-    clusters: Tensor | None
-    is_causal: bool
-    scale: float | None
-    key_mask: Tensor | None
-    cu_seqlens: Tensor | None
-    region_query: Tensor | None
-    region_key: Tensor | None
-    dropout_p: float
-    seed: Tensor | None
-
-    def inputs(self) -> tuple[Array, Array, Array, Any]:
-        """query, key, value and pattern as `combiner.attention` takes them."""
-        pattern = _pattern(self.pattern, self.clusters)
-        if self.clusters is not None and self.cu_seqlens is None:  # pattern.plan would keep the plan
-            pattern = pattern._build(self.clusters.shape[-1], self.is_causal, False)
-        return _array(self.query), _array(self.key), _array(self.value), pattern
-
-    def options(self) -> dict[str, Any]:
-        """What both stages take by name."""
-        return {
-            "is_causal": self.is_causal,
-            "scale": self.scale,
-            "key_mask": _array(self.key_mask),
-            "cu_seqlens": _array(self.cu_seqlens),
-            "region_query": _array(self.region_query),
-            "region_key": _array(self.region_key),
-        }
-
-    def dropout(self) -> dict[str, Any]:
-        """What stage 2 takes too."""
-        return {"dropout_p": self.dropout_p, "seed": None if self.seed is None else int(self.seed) % 2**64}
-
-
-_DIFFERENTIABLE = ("query", "key", "value", "region_query", "region_key")
-_SCHEMA = (
-    "Tensor query, Tensor key, Tensor value, str pattern, Tensor? clusters, bool is_causal, float? scale, "
-    "Tensor? key_mask, Tensor? cu_seqlens, Tensor? region_query, Tensor? region_key, float dropout_p, Tensor? seed"
-)
-
-
-def _forward(*given: Any) -> tuple[Tensor, Tensor]:
-    """out and lse; with a `Mixture`, which has none, zeros."""
-    problem = _Problem(*given)
-    inputs, options = problem.inputs(), problem.options() | problem.dropout()
-    if isinstance(inputs[3], Mixture):
-        mean = _tensor(combiner.attention(*inputs, **options))
-        return mean, mean.new_zeros(mean.shape[:-1], dtype=_at_least_float32(mean.dtype))
-    out, lse = combiner.attention(*inputs, return_lse=True, **options)
-    return _tensor(out), _tensor(lse)
-
-
-def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *given: Any) -> list[Tensor]:
-    """The gradients of query, key, value and, where these are given, region_query and region_key.
-
-    The summaries of the regions are made again. They cannot be results of the forward operator: how many there are
-    depends on pattern and length in ways that no symbolic shape says, and it is to be compiled for any length. Kept,
-    they would take as much memory as out, or several times as much; made again, they cost 4 % (`Fixed`) to 18 %
-    (`LogSparse`) of forward and backward together.
-    """
-    problem = _Problem(*given)
-    inputs, options, dropout = problem.inputs(), problem.options(), problem.dropout()
-    if isinstance(inputs[3], Mixture):
-        grad_lse = None
-        _, saved = combiner.attention_forward(*inputs, **(options | dropout))
-    else:
-        _, saved = combiner.summarize_forward(*inputs, **options)
-        saved |= {"function": "attention_forward", "dropout": calls.dropout(**dropout)}
-        saved |= {"out": _array(out), "lse": _array(lse)}
-    gradients = combiner.attention_backward(_array(grad_out), saved, grad_lse=_array(grad_lse))
-    return [_tensor(x) for x in gradients if x is not None]
-
-
-# As `torch.library.custom_op` does it, less its wrappers: they would double the time of a small call.
-_library = torch.library.Library("combiner", "FRAGMENT")
-_library.define(f"attention({_SCHEMA}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
-_library.define(
-    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_SCHEMA}) -> Tensor[]",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.impl("attention", _forward, "CPU")
-_library.impl("attention_backward", _backward, "CPU")
-_attention = torch.ops.combiner.attention.default
-_attention_backward = torch.ops.combiner.attention_backward.default
-
-
-@torch.library.register_fake("combiner::attention", lib=_library)
-def _(*given: Any) -> tuple[Tensor, Tensor]:
-    problem = _Problem(*given)
-    lead = problem.query.shape[:-1]
-    out = problem.query.new_empty(*lead, problem.value.shape[-1])
-    return out, out.new_empty(lead, dtype=_at_least_float32(out.dtype))
-
-
-@torch.library.register_fake("combiner::attention_backward", lib=_library)
-def _(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *given: Any) -> list[Tensor]:
-    problem = _Problem(*given)._asdict()
-    return [problem[name].new_empty(problem[name].shape) for name in _DIFFERENTIABLE if problem[name] is not None]
-
-
-def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *(x if isinstance(x, Tensor) else None for x in inputs))
-    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.set_materialize_grads(False)
-    problem = _Problem(*inputs)
-    if problem.clusters is None and not torch.compiler.is_compiling():  # or guards of what is compiled know
-        ctx.alive = _pattern(problem.pattern)
-
-
-def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    out, lse, *tensors = ctx.saved_tensors
-    given = [x if tensor is None else tensor for tensor, x in zip(tensors, ctx.others, strict=True)]
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    made = iter(_attention_backward(grad_out, grad_lse, out, lse, *given))
-    problem = _Problem(*given)._asdict()
-    return tuple(next(made) if name in _DIFFERENTIABLE and x is not None else None for name, x in problem.items())
-
-
-def _refuse(ctx: Any, *grads: Any) -> None:
-    raise NotImplementedError("combiner's gradients can be taken once: there is no second derivative")
-
-
-torch.library.register_autograd("combiner::attention", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("combiner::attention_backward", _refuse, lib=_library)
-
-
-def _mapped(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of vmap: its axis becomes the first leading one, or its entries have calls of their own.
-
-    They need those where an entry's place in the batch matters: with dropout, and with plans of each batch entry.
-    """
-
-    def rule(info: Any, in_dims: Sequence[int | None], *given: Any) -> tuple[Any, Any]:
-        others = len(given) - len(_Problem._fields)
-        problem, dims = _Problem(*given[others:]), dict(zip(_Problem._fields, in_dims[others:], strict=True))
-        is_value = problem.clusters is None and problem.pattern[0].isalpha()
-        made: Any
-        if is_value and problem.seed is None and dims["cu_seqlens"] is None:
-            has_no_heads = problem.query.ndim - (dims["query"] is not None) == 2
-            names = (*("grad_out", "grad_lse", "out", "lse")[:others], *_Problem._fields)
-            whole = []
-            for name, x, dim in zip(names, given, in_dims, strict=True):
-                if isinstance(x, Tensor) and name != "cu_seqlens":
-                    x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-                    x = x.unsqueeze(1) if has_no_heads and name != "key_mask" else x
-                whole.append(x)
-            made = [x.squeeze(1) if has_no_heads else x for x in op(*whole)]
-        else:
-            each = []
-            for n in range(info.batch_size):
-                pairs = zip(given, in_dims, strict=True)
-                each.append(op(*(x if dim is None else x.select(dim, n) for x, dim in pairs)))
-            made = [torch.stack(x) for x in zip(*each, strict=True)]
-        return (made, [0] * len(made)) if others else (tuple(made), (0, 0))
-
-    return rule
-
-
-torch.library.register_vmap("combiner::attention", _mapped(_attention), lib=_library)
-torch.library.register_vmap("combiner::attention_backward", _mapped(_attention_backward), lib=_library)
-
-
-# ---- attention
-
-
-@overload
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: AnyPattern | Routing,
-    *,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    key_mask: Tensor | None = ...,
-    cu_seqlens: Tensor | Sequence[int] | None = ...,
-    region_query: Tensor | None = ...,
-    region_key: Tensor | None = ...,
-    dropout_p: float = ...,
-    seed: int | None = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
-@overload
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: AnyPattern | Routing,
-    *,
-    is_causal: bool = ...,
-    scale: float | None = ...,
-    key_mask: Tensor | None = ...,
-    cu_seqlens: Tensor | Sequence[int] | None = ...,
-    region_query: Tensor | None = ...,
-    region_key: Tensor | None = ...,
-    dropout_p: float = ...,
-    seed: int | None = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: AnyPattern | Routing,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    key_mask: Tensor | None = None,
-    cu_seqlens: Tensor | Sequence[int] | None = None,
-    region_query: Tensor | None = None,
-    region_key: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`combiner.attention` of tensors: each query's softmax over its direct keys and its regions (eq 7, 9).
-
-    Parameters
-    ----------
-    query : `[..., Hq, L, D]` or `[L, D]`; 1 <= D <= 1024.
-    key : `[..., Hk, L, D]` or `[L, D]`.
-    value : `[..., Hk, L, Dv]` or `[L, Dv]`; 1 <= Dv <= 1024.
-    pattern : as in `combiner.attention`, or a `Routing` of a tensor. Patterns that are values, such as ``Fixed(64)``,
-        may be exported and loaded elsewhere; Plans and others live as long as their process.
-    is_causal, scale : as in `combiner.attention`.
-    key_mask : bool `[..., L]`, without the heads; True for keys that take part.
-    cu_seqlens : integers `[N + 1]`, the bounds of packed sequences.
-    region_query, region_key : `[..., Hq, R, D]`, and `[..., Hk, R, D]` or `[..., Hq, R, D]`, in place of the pooled
-        ones.
-    dropout_p, seed : as in `combiner.attention`; without a seed one is drawn from PyTorch's generator, which
-        ``torch.manual_seed`` sets.
-    return_lse : whether to return lse too, which is differentiable.
+    x : `[..., H, L, F]`
+    key_mask : bool `[..., L]`, True for positions that take part.
 
     Returns
     -------
-    out : `[..., Hq, L, Dv]`
-    lse : `[..., Hq, L]` if `return_lse`; float32 for bfloat16 and float16.
-
-    Raises
-    ------
-    TypeError : an argument that is no tensor, or of another dtype than it must be.
-    ValueError : a tensor elsewhere than on the CPU, a wrong shape or value.
-    NotImplementedError : a second derivative, or forward-mode differentiation, as it is taken.
-
-    Notes
-    -----
-    Backward makes the summaries of the regions again rather than keep them.
+    `[..., H, R, F]`; time O(total number of members), memory O(R).
     """
-    query, key, value, region_query, region_key = _tensors(
-        query=query, key=key, value=value, region_query=region_query, region_key=region_key
-    )
-    _check_mask(key_mask, query)
-    clusters = pattern.clusters if isinstance(pattern, Routing) else None
-    if clusters is not None and not (isinstance(clusters, Tensor) and clusters.dtype == torch.int64):
-        got = clusters.dtype if isinstance(clusters, Tensor) else type(clusters).__name__
-        raise TypeError(f"clusters must be a torch.Tensor of int64, got {got}")
-    if isinstance(pattern, Mixture) and return_lse:
-        raise ValueError("return_lse must be False with a Mixture, whose components have a normaliser each")
-    out, lse = _attention(
-        query,
-        key,
-        value,
-        _text(pattern),
-        clusters,
-        is_causal,
-        scale,
-        key_mask,
-        cu_seqlens if cu_seqlens is None else torch.as_tensor(cu_seqlens),
-        region_query,
-        region_key,
-        dropout_p,
-        _seed(dropout_p, seed),
-    )
-    return (out, lse) if return_lse else out
 
+    def total(rows: Tensor) -> Tensor:
+        """`[R, n]` of `[L, n]`"""
+        return functional.embedding_bag(regions.members, rows, regions.offsets, mode="sum", include_last_offset=True)
 
-def _tensors(**given: Tensor | None) -> list[Any]:
-    """The tensors once checked, as autocast wants them; None stays None."""
-    is_autocast = torch.is_autocast_enabled("cpu")
-    found: list[Any] = []
-    for name, x in given.items():
-        if x is None and name.startswith("region"):
-            found.append(x)
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.device.type not in ("cpu", "meta"):
-            raise ValueError(f"{name} must be on the CPU, got {x.device}: {name}.cpu() is")
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-        if is_autocast and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype("cpu"))
-        if found and x.dtype != found[0].dtype:
-            raise TypeError(f"{name} must be {found[0].dtype} like query, got {x.dtype}")
-        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(f"{name} must have no tangent: there is no forward-mode differentiation")
-        found.append(x)
-    return found
-
-
-def _check_mask(key_mask: Tensor | None, query: Tensor) -> None:
     if key_mask is None:
-        return
-    if not isinstance(key_mask, Tensor):
-        raise TypeError(f"key_mask must be a torch.Tensor, got {type(key_mask).__name__}")
-    if key_mask.dtype != torch.bool:
-        hint = ": of a mask to be added, key_mask == 0" if key_mask.is_floating_point() else ""
-        raise TypeError(f"key_mask must be bool, True for keys that take part, got {key_mask.dtype}{hint}")
-    expected = query.shape[:-3] + query.shape[-2:-1]
-    if key_mask.shape != expected:
-        hint = ""
-        if key_mask.shape[-2:] == 2 * query.shape[-2:-1]:
-            hint = ": what each query sees is the pattern's matter, and is_causal's; Plan.from_parts makes any"
-        raise ValueError(f"key_mask must have shape {tuple(expected)}, got {tuple(key_mask.shape)}{hint}")
+        count = regions.offsets.diff().to(x.dtype).unsqueeze(-1)
+    else:
+        x = x.masked_fill(~key_mask[..., None, :, None], 0)
+        L = key_mask.shape[-1]
+        count = total(key_mask.reshape(-1, L).T.to(x.dtype)).T.reshape(*key_mask.shape[:-1], 1, -1, 1)
+    rows = x.movedim(-2, 0)
+    return total(rows.flatten(1)).unflatten(1, rows.shape[1:]).movedim(0, -2) / count.clamp(min=1)
 
 
-def _seed(dropout_p: float, seed: int | None) -> Tensor | None:
-    """The seed as an int64 of the same bits; from PyTorch's generator if there is none, None where nothing falls."""
-    if seed is not None and not torch.compiler.is_compiling():  # where it may be symbolic
-        seed = as_integer("seed", seed, 0, bits=64)
-    if dropout_p == 0:
-        return None
-    if seed is None:
-        return torch.randint(2**63 - 1, ())
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
+class DeepSets(nn.Module):
+    """Learned abstractions (section 3.3; Zaheer et al., "Deep Sets", NeurIPS 2017): rho(mean of phi(x) over a region).
+
+    q_R comes from the queries of the region and k_R from its keys, with a phi, linear and GELU, and a linear rho each
+    that all heads share.
+
+    Parameters
+    ----------
+    dim : D.
+    hidden_dim : features of phi(x); `dim` by default.
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int | None = None, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        hidden = dim if hidden_dim is None else hidden_dim
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.query_phi, self.query_rho = nn.Linear(dim, hidden, **options), nn.Linear(hidden, dim, **options)
+        self.key_phi, self.key_rho = nn.Linear(dim, hidden, **options), nn.Linear(hidden, dim, **options)
+
+    def forward(
+        self, query: Tensor, key: Tensor, regions: Regions, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """region_query `[..., Hq, R, D]` and region_key `[..., Hk, R, D]`."""
+        region_query = self.query_rho(region_mean(functional.gelu(self.query_phi(query)), regions, key_mask))
+        region_key = self.key_rho(region_mean(functional.gelu(self.key_phi(key)), regions, key_mask))
+        return region_query, region_key
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+# ---- modules
+
+
+class CombinerAttention(nn.Module):
+    """Multi-head self-attention with ``torch.nn.MultiheadAttention``'s arguments, masks and state_dict.
+
+    Weights of a `MultiheadAttention` of the same sizes load into it; with ``combiner.Dense()`` it is the same function.
+    E is embed_dim, D = E / num_heads.
+
+    Parameters
+    ----------
+    embed_dim, num_heads : E, and Hq, which divides it.
+    pattern : how attention is factorised, as in `attention`; or a module that makes one when called with (key,
+        key_mask), such as `OnlineRouting`.
+    num_key_value_heads : Hk, which divides num_heads; num_heads by default.
+    dropout : of the attention weights, in training.
+    bias : whether the projections add one.
+    batch_first : whether inputs are `[B, L, E]`; else `[L, B, E]`. `[L, E]` is one sequence in either case.
+    is_causal : whether a position sees those up to itself only.
+    abstraction : how a region's query and key come from its members': None as the pattern pools, "deepsets" learned by
+        `DeepSets`, or a module called with (query, key, regions, key_mask) like it. Learned ones ask for a pattern with
+        one plan for all heads; torch.compile breaks its graph to make its `Regions`.
+    device, dtype : of the parameters.
+    """
+
+    # What torch.nn.TransformerEncoderLayer asks before it takes a short cut, which knows dense attention only.
+    _qkv_same_embed_dim = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        pattern: AnyPattern | nn.Module,
+        *,
+        num_key_value_heads: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        batch_first: bool = True,
+        is_causal: bool = False,
+        abstraction: Literal["deepsets"] | nn.Module | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        groups = num_heads if num_key_value_heads is None else num_key_value_heads
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+        if groups < 1 or num_heads % groups:
+            raise ValueError(f"num_heads must be a multiple of num_key_value_heads, got {num_heads} and {groups}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
+        self.embed_dim, self.num_heads, self.num_key_value_heads = embed_dim, num_heads, groups
+        self.head_dim = embed_dim // num_heads
+        self.pattern, self.dropout, self.batch_first, self.is_causal = pattern, dropout, batch_first, is_causal
+        self._sizes = [heads * self.head_dim for heads in (num_heads, groups, groups)]
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_proj_weight = nn.Parameter(torch.empty(sum(self._sizes), embed_dim, **options))
+        self.in_proj_bias = nn.Parameter(torch.empty(sum(self._sizes), **options)) if bias else None
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **options)
+        if abstraction == "deepsets":
+            abstraction = DeepSets(self.head_dim, **options)
+        if not (abstraction is None or isinstance(abstraction, nn.Module)):
+            raise ValueError(f"abstraction must be None, 'deepsets' or a module, got {abstraction!r}")
+        self.abstraction = abstraction
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The projections as `MultiheadAttention` begins with them."""
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output, and the effective attention if asked for.
+
+        Parameters
+        ----------
+        query : `[B, L, E]`, `[L, B, E]` or `[L, E]`.
+        key, value : the same shape; query and key by default.
+        key_padding_mask : `[B, L]` or `[L]`, True for keys to leave out, the opposite of key_mask; or
+            floating-point, of 0 and -inf alone.
+        need_weights : whether to return the weights; O(L^2), and without dropout.
+        attn_mask : None. What each query sees is the pattern's matter.
+        average_attn_weights : whether these are the mean over the heads.
+        is_causal : the module's by default; True makes one causal that is not. False where it is, is an error.
+
+        Returns
+        -------
+        output : the shape of query.
+        weights : None, or `[B, L, L]`, or `[B, Hq, L, L]` if not averaged.
+        """
+        if attn_mask is not None:
+            raise ValueError("attn_mask must be None: for causality is_causal=True, for other supports another pattern")
+        if self.is_causal and is_causal is False:
+            raise ValueError("is_causal must be True or None: the module was made causal")
+        is_causal = self.is_causal if is_causal is None else is_causal
+        key_mask = self._key_mask(key_padding_mask)
+        q, k, v = self._project(query, key, value)
+        pattern = self.pattern(k, key_mask) if isinstance(self.pattern, nn.Module) else self.pattern
+        options: dict[str, Any] = {"is_causal": is_causal, "key_mask": key_mask}
+        if self.abstraction is not None:
+            regions = _regions(pattern, q.shape[-2], is_causal)
+            options["region_query"], options["region_key"] = self.abstraction(q, k, regions, key_mask)
+        dropout_p = self.dropout if self.training else 0.0
+        output = self._merge_heads(attention(q, k, v, pattern, dropout_p=dropout_p, **options))
+        if not need_weights:
+            return output, None
+        weights = attention_weights(q, k, pattern, **options)
+        return output, weights.mean(-3) if average_attn_weights else weights
+
+    def decoder(self) -> Decoder:
+        """Attention token by token with this module's weights, as generation wants it; see `Decoder`."""
+        return Decoder(self)
+
+    def extra_repr(self) -> str:
+        pattern = "" if isinstance(self.pattern, nn.Module) else f", {self.pattern!r}"
+        return f"{self.embed_dim}, {self.num_heads}{pattern}, is_causal={self.is_causal}"
+
+    def _key_mask(self, key_padding_mask: Tensor | None) -> Tensor | None:
+        if key_padding_mask is None or key_padding_mask.dtype == torch.bool:
+            return None if key_padding_mask is None else ~key_padding_mask
+        if not key_padding_mask.is_floating_point():
+            raise TypeError(f"key_padding_mask must be bool, True for keys to leave out, got {key_padding_mask.dtype}")
+        key_mask = key_padding_mask == 0
+        if not (key_mask | key_padding_mask.isneginf()).all():
+            raise ValueError("key_padding_mask must hold 0 and -inf alone where it is floating-point")
+        return key_mask
+
+    def _project(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> list[Tensor]:
+        """query, key and value by head, `[..., H, L, D]`."""
+        key = query if key is None else key
+        value = key if value is None else value
+        if key is query and value is query:
+            parts = functional.linear(query, self.in_proj_weight, self.in_proj_bias).split(self._sizes, -1)
+        else:
+            weights = self.in_proj_weight.split(self._sizes)
+            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(self._sizes)
+            parts = tuple(map(functional.linear, (query, key, value), weights, biases))
+        if not self.batch_first and query.ndim == 3:
+            parts = tuple(x.transpose(0, 1) for x in parts)
+        return [x.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2) for x in parts]
+
+    def _merge_heads(self, out: Tensor) -> Tensor:
+        rows = out.transpose(-3, -2).flatten(-2)
+        if not self.batch_first and rows.ndim == 3:
+            rows = rows.transpose(0, 1)
+        return self.out_proj(rows)
+
+
+class Decoder:
+    """`combiner.Decoder` for a module's weights: causal attention token by token, row by row what the module makes.
+
+    Without dropout and without gradients. The weights are the module's when a method is called.
+
+    Parameters
+    ----------
+    attention : causal, with a pattern that `combiner.Decoder` takes, without a learned abstraction.
+    """
+
+    def __init__(self, attention: CombinerAttention) -> None:
+        if not attention.is_causal:
+            raise ValueError("attention must be made with is_causal=True")
+        if attention.abstraction is not None or isinstance(attention.pattern, nn.Module):
+            raise ValueError(
+                "attention must have a pattern of its own and abstraction None: others see all of the past"
+            )
+        self._attention = attention
+        self._decoder = combiner.Decoder(attention.pattern)
+
+    @torch.no_grad()
+    def prefill(self, x: Tensor) -> Tensor:
+        """The first tokens, any number of them: the module's output for x, in its layout."""
+        return self._run(self._decoder.prefill, x)
+
+    @torch.no_grad()
+    def step(self, x: Tensor) -> Tensor:
+        """The next tokens: one or more, in the layout of x."""
+        return self._run(self._decoder.step, x)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._decoder.reset()
+
+    def _run(self, method: Callable[..., Array], x: Tensor) -> Tensor:
+        return self._attention._merge_heads(as_tensor(method(*map(as_array, self._attention._project(x, None, None)))))
+
+
+class OnlineRouting(nn.Module):
+    """A pattern for `CombinerAttention` that follows the keys: `Routing` by centroids that move with every batch.
+
+    The centroids, a set of unit vectors for each key head, are a buffer: they begin at random, take no gradients, and
+    move in training as the Routing Transformer's do (Roy et al., TACL 2021). A position's cluster depends on its own
+    key alone, so that causal attention stays causal.
+
+    Parameters
+    ----------
+    clusters : their number, at most the length of what is attended.
+    num_key_value_heads, head_dim : Hk and D of the attention.
+    decay : of the centroids, as in `combiner.update_centroids`.
+    pooling, size_bias : as in `combiner.Routing`.
+    """
+
+    centroids: Tensor
+
+    def __init__(
+        self,
+        clusters: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        *,
+        decay: float = 0.999,
+        pooling: Pooling = "max",
+        size_bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.decay, self.pooling, self.size_bias = decay, pooling, size_bias
+        first = torch.randn(num_key_value_heads, clusters, head_dim, device=device, dtype=dtype)
+        self.register_buffer("centroids", functional.normalize(first, dim=-1))
+
+    def forward(self, key: Tensor, key_mask: Tensor | None = None) -> Routing:
+        """The clusters of key `[..., Hk, L, D]`; in training centroids move after that, but not with masked keys."""
+        x = key.detach().to(self.centroids.dtype)
+        clusters = assign_clusters(x, self.centroids.expand(*x.shape[:-3], -1, -1, -1))
+        if self.training:
+            if key_mask is not None:
+                x = x.masked_fill(~key_mask[..., None, :, None], 0)  # rows without a direction move nothing
+            rows, ids = x.movedim(-3, 0).flatten(1, -2), clusters.movedim(-2, 0).flatten(1)
+            self.centroids.copy_(update_centroids(self.centroids, rows, ids, decay=self.decay))
+        return Routing(clusters, self.pooling, self.size_bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.centroids.shape[1]}, decay={self.decay}, pooling={self.pooling!r}, size_bias={self.size_bias}"

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The PyTorch adapter: the library's own bits, and all that PyTorch does with an operator."""
 
+import copy
 import gc
 import io
+import itertools
 import weakref
 
 import numpy as np
@@ -14,7 +16,17 @@ from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 
 import combiner  # noqa: E402
 import combiner.torch as ct  # noqa: E402
-from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Mixture, Plan, Tree  # noqa: E402
+from combiner import (  # noqa: E402
+    Axial,
+    AxialMixture,
+    Dense,
+    Fixed,
+    LogSparse,
+    Mixture,
+    Plan,
+    Tree,
+    torch_ops,
+)
 
 L = 37
 CLUSTERS = np.arange(L) * 7 % 5
@@ -35,6 +47,8 @@ PATTERNS = [
 ]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{type(p).__name__}-{str(p)[:30]}")
 compiled = {"fullgraph": True, "backend": "aot_eager"}
+# torch.compile asks it of what comes in after a break of its graph.
+after_a_break = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +206,7 @@ def test_deterministic_algorithms():
 
 def test_patterns_do_not_outlive_their_use():
     q, k, v = tensors((L, 6), (L, 6), (L, 6))
-    kept = len(ct._numbers)
+    kept = len(torch_ops._numbers)
     plan = Fixed(5).plan(L, True)
     plan = Plan.from_arrays(**plan.arrays, length=L, regions=plan.region_count, is_causal=True)  # not cached
     alive = weakref.ref(plan)
@@ -204,7 +218,7 @@ def test_patterns_do_not_outlive_their_use():
     del out
     gc.collect()
     assert alive() is None
-    assert len(ct._numbers) == kept
+    assert len(torch_ops._numbers) == kept
 
 
 # ---- what PyTorch does with operators
@@ -214,7 +228,7 @@ def operands(pattern, **options):
     """What the operator takes."""
     inputs, options = problem(pattern, **options)
     clusters = pattern.clusters if isinstance(pattern, ct.Routing) else None
-    given = *inputs, ct._text(pattern), clusters, True, None, options["key_mask"], None, None, None
+    given = *inputs, torch_ops._text(pattern), clusters, True, None, options["key_mask"], None, None, None
     seed = torch.tensor(5) if options.get("dropout_p") else None
     return *given, options.get("dropout_p", 0.0), seed
 
@@ -385,6 +399,372 @@ def test_vmap_of_the_backward_operator(lead):
     expected = [torch.stack(x) for x in zip(*(f(*x) for x in zip(q, k, v, strict=True)), strict=True)]
     assert same(torch.vmap(f)(q, k, v), expected)
     assert torch.vmap(f, randomness="different")(q, k, v)[0].shape == q.shape
+
+
+# ---- the two stages
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+@pytest.mark.parametrize(
+    "pattern", (Fixed(8), Axial(6, "rowmajor", "weighted"), PATTERNS[-1], PATTERNS[8]), ids=lambda p: type(p).__name__
+)
+def test_the_stages_are_attention(pattern, dropout_p):
+    inputs, options = problem(pattern)
+    options.update(is_causal=not isinstance(pattern, ct.Routing), scale=0.3)
+    dropout = {"dropout_p": dropout_p, "seed": 9}
+    summary = ct.summarize(*inputs, pattern, **options)
+    actual = ct.attend(*inputs, *summary[:2], pattern, return_lse=True, **options, **dropout)
+    expected = ct.attention(*inputs, pattern, return_lse=True, **options, **dropout)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    g = torch.randn_like(actual[0]), torch.randn_like(actual[1])
+    actual, expected = (torch.autograd.grad(x, inputs, g) for x in (actual, expected))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck_of_the_stages():
+    q, k, v, rk, rq = tensors((2, 11, 3), (1, 11, 3), (1, 11, 2), (1, 3, 3), (2, 3, 3))
+
+    def both(q, k, v, region_query):
+        summary = ct.summarize(q, k, v, Fixed(4), region_query=region_query)
+        return summary[:2]
+
+    torch.autograd.gradcheck(both, (q, k, v, rq))
+    (h,) = tensors((2, 3, 2))
+    torch.autograd.gradcheck(lambda *x: ct.attend(*x, Fixed(4), is_causal=True, return_lse=True)[1:], (q, k, v, rk, h))
+    torch.autograd.gradcheck(lambda *x: ct.attend(*x, Fixed(4), is_causal=True), (q, k, v, rk, h))
+
+
+@after_a_break
+def test_stages_in_compiled_code():
+    inputs = tensors((2, L, 4), (2, L, 4), (2, L, 4))
+
+    def f(q, k, v):
+        summary = ct.summarize(q * 2, k, v, Fixed(8))
+        return ct.attend(q * 2, k, v, summary.key, summary.value, Fixed(8)) + 1
+
+    g = torch.compile(f, backend="aot_eager")
+    assert torch.equal(g(*inputs), f(*inputs))
+    assert same(torch.autograd.grad(g(*inputs).sum(), inputs), torch.autograd.grad(f(*inputs).sum(), inputs))
+
+
+def test_what_backward_reads_must_stay():
+    q, k, v = tensors((2, L, 4), (2, L, 4), (2, L, 4))
+    for function in (lambda q: ct.summarize(q, k, v, Fixed(8)).value, lambda q: ct.attention(q, k, v, Fixed(8))):
+        x = q * 1
+        out = function(x)
+        x.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_merge():
+    """Two halves of the keys are the whole, where one half or both hold nothing too."""
+    q, k, v = tensors((2, L, 4), (2, L, 4), (2, L, 3))
+    mask = torch.rand(L) > 0.3
+
+    def halves(q, k, v, attend):
+        parts = []
+        for keys in (torch.arange(L) < 20, torch.arange(L) >= 20):
+            parts += attend(q, k, v, Dense(), is_causal=True, key_mask=mask & keys, return_lse=True)
+        return ct.merge(*parts)
+
+    mask[:2] = False  # the first two queries see nothing
+    expected = ct.attention(q, k, v, Dense(), is_causal=True, key_mask=mask, return_lse=True)
+    actual = halves(q, k, v, ct.attention)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    g = torch.randn_like(v)
+    actual, expected = (torch.autograd.grad(x[0], (q, k, v), g, retain_graph=True) for x in (actual, expected))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(TypeError, match=r"lse_b must be torch.float64 .* got torch.float32"):
+        ct.merge(v, v[..., 0], v, v[..., 0].float())
+    with pytest.raises(ValueError, match=r"out_b must have shape \(2, 37, 3\), got \(1, 37, 3\)"):
+        ct.merge(v, v[..., 0], v[:1], v[..., 0])
+    with pytest.raises(TypeError, match=r"out_a must be a torch.Tensor, got ndarray"):
+        ct.merge(v.detach().numpy(), v[..., 0], v, v[..., 0])
+
+
+@every_pattern
+def test_attention_weights(pattern):
+    (q, k, v), options = problem(pattern, grouped=False)
+    weights = ct.attention_weights(q, k, pattern, **options)
+    torch.testing.assert_close(weights @ v, ct.attention(q, k, v, pattern, **options), rtol=1e-12, atol=1e-12)
+    assert weights.requires_grad
+    assert ct.attention_weights(q[..., :0, :], k[..., :0, :], Fixed(4)).shape == (2, 4, 0, 0)
+
+
+# ---- modules
+
+
+def module(pattern, E=24, heads=4, **options):
+    made = ct.CombinerAttention(E, heads, pattern, dtype=torch.float64, **options)
+    for bias in (made.in_proj_bias, made.out_proj.bias):
+        if bias is not None:
+            torch.nn.init.normal_(bias)
+    return made
+
+
+@pytest.mark.parametrize("batch_first", (True, False))
+@pytest.mark.parametrize("bias", (True, False))
+def test_multihead_attention(batch_first, bias):
+    """With Dense, its weights and its masks, the module is PyTorch's own."""
+    E, B = 24, 3
+    theirs = torch.nn.MultiheadAttention(E, 4, bias=bias, batch_first=batch_first, dtype=torch.float64)
+    ours = module(Dense(), bias=bias, batch_first=batch_first)
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    ignored = torch.rand(B, L) > 0.7
+    ignored[:, 0] = False  # a query that sees nothing is NaN there and 0 here
+    x, y, z = tensors(*[(B, L, E) if batch_first else (L, B, E)] * 3)
+    causal = torch.triu(torch.ones(L, L, dtype=torch.bool), 1)
+    for inputs in ((x, x, x), (x, y, y), (x, y, z)):
+        for is_causal in (False, True):
+            expected, weights = theirs(*inputs, ignored, True, causal if is_causal else None)
+            actual = ours(*inputs, ignored, need_weights=True, is_causal=is_causal)
+            torch.testing.assert_close(actual, (expected, weights), rtol=1e-10, atol=1e-10)
+    additive = torch.zeros(B, L, dtype=torch.float64).masked_fill(ignored, -torch.inf)
+    actual, weights = ours(x, key_padding_mask=additive, need_weights=True, average_attn_weights=False)
+    expected = theirs(x, x, x, ignored, True, average_attn_weights=False)
+    torch.testing.assert_close((actual, weights), expected, rtol=1e-10, atol=1e-10)
+    one = x[0] if batch_first else x[:, 0]
+    torch.testing.assert_close(ours(one)[0], theirs(one, one, one)[0], rtol=1e-10, atol=1e-10)
+    assert ours(x)[1] is None
+    torch.testing.assert_close(ours(x, y)[0], ours(x, y, y)[0], rtol=0, atol=0)
+
+
+def test_grouped_heads():
+    """As all heads, with the weights of each key and value head for its whole group."""
+    E, D = 24, 6
+    grouped, whole = module(Fixed(8), num_key_value_heads=2, is_causal=True), module(Fixed(8), is_causal=True)
+    state = grouped.state_dict()
+    for name in ("in_proj_weight", "in_proj_bias"):
+        q, k, v = state[name].split([E, 2 * D, 2 * D])
+        k, v = (x.unflatten(0, (2, D)).repeat_interleave(2, dim=0).flatten(0, 1) for x in (k, v))
+        state[name] = torch.cat([q, k, v])
+    whole.load_state_dict(state)
+    (x,) = tensors((2, L, E))
+    torch.testing.assert_close(grouped(x), whole(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grouped(x * 1, x * 1), whole(x), rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_is_of_training():
+    attention = module(Fixed(8), dropout=0.5)
+    (x,) = tensors((2, L, 24))
+    torch.manual_seed(1)
+    first, second = attention(x)[0], attention(x)[0]
+    torch.manual_seed(1)
+    assert torch.equal(first, attention(x)[0])
+    assert not torch.equal(first, second)
+    attention.eval()
+    assert torch.equal(attention(x)[0], attention(x)[0])
+
+
+@pytest.mark.parametrize("pattern", (Fixed(8), LogSparse(), Fixed(5).plan(L, True)), ids=lambda p: type(p).__name__)
+def test_deep_sets(pattern):
+    """The module's own formula in loops; its gradients reach every parameter; masked positions reach nothing."""
+    attention = module(pattern, num_key_value_heads=2, is_causal=True, abstraction="deepsets")
+    (x,) = tensors((2, L, 24))
+    ignored = torch.rand(2, L) > 0.7
+    ignored[0, 8:16] = True
+    out, _ = attention(x, key_padding_mask=ignored)
+    q, k, v = (
+        y.unflatten(-1, (-1, 6)).transpose(1, 2)
+        for y in torch.nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias).split([24, 12, 12], -1)
+    )
+    plan = pattern if isinstance(pattern, Plan) else pattern.plan(L, True)
+    net = attention.abstraction
+
+    def regions(y, phi, rho):
+        y = torch.nn.functional.gelu(phi(y))
+        rows = torch.zeros(2, y.shape[1], plan.region_count, 6, dtype=y.dtype)
+        for b in range(2):
+            for r, members in enumerate(plan.regions):
+                live = [j for j in members.tolist() if not ignored[b, j]]
+                if live:
+                    rows[b, :, r] = y[b, :, live].mean(1)
+        return rho(rows)
+
+    given = {
+        "region_query": regions(q, net.query_phi, net.query_rho),
+        "region_key": regions(k, net.key_phi, net.key_rho),
+    }
+    expected = ct.attention(q, k, v, pattern, is_causal=True, key_mask=~ignored, **given)
+    expected = attention.out_proj(expected.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    g = torch.randn_like(out)
+    wanted = (x, *attention.parameters())
+    actual, expected = (torch.autograd.grad(y, wanted, g) for y in (out, expected))
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
+    assert all(grad.any() for grad in actual)
+    without = attention(x)[0]
+    torch.testing.assert_close(without, attention(x, key_padding_mask=torch.zeros_like(ignored))[0])
+
+
+def test_a_module_of_ones_own_for_an_abstraction():
+    class Maximum(torch.nn.Module):
+        """What pooling="max" does."""
+
+        def forward(self, query, key, regions, key_mask):
+            cuts = regions.offsets.diff().tolist()
+            return [
+                torch.stack([part.amax(-2) for part in x[..., regions.members, :].split(cuts, -2)], -2)
+                for x in (query, key)
+            ]
+
+    attention = module(Fixed(8), is_causal=True, abstraction=Maximum())
+    pooled = module(Fixed(8), is_causal=True)
+    pooled.load_state_dict(attention.state_dict())
+    (x,) = tensors((2, L, 24))
+    torch.testing.assert_close(attention(x), pooled(x), rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck_of_region_mean():
+    (x,) = tensors((2, 3, 9, 2))
+    regions = ct.Regions(torch.tensor([0, 1, 5, 5, 8]), torch.tensor([0, 3, 3, 5]))
+    mask = torch.rand(2, 9) > 0.4
+    torch.autograd.gradcheck(lambda x: ct.region_mean(x, regions, mask), x)
+    torch.autograd.gradcheck(lambda x: ct.region_mean(x, regions), x)
+
+
+def test_online_routing():
+    """Keys' clusters are their centroids'; in training these move by the unmasked keys of the batch."""
+    routing = ct.OnlineRouting(5, 2, 6, decay=0.9, pooling="mean", dtype=torch.float64)
+    attention = module(routing, num_key_value_heads=2, is_causal=True)
+    (x,) = tensors((3, L, 24))
+    ignored = torch.rand(3, L) > 0.7
+    before = routing.centroids.clone()
+    q, k, v = attention._project(x, None, None)
+    clusters = combiner.assign_clusters(k.detach().numpy(), before.expand(3, -1, -1, -1).numpy())
+    pattern = combiner.Routing(clusters, pooling="mean")
+    expected = attention._merge_heads(ct.attention(q, k, v, pattern, is_causal=True, key_mask=~ignored))
+
+    attention.eval()
+    assert torch.equal(attention(x, key_padding_mask=ignored)[0], expected)
+    assert torch.equal(routing.centroids, before)
+    attention.train()
+    assert torch.equal(attention(x, key_padding_mask=ignored)[0], expected)
+    for head in range(2):
+        rows, ids = k[:, head][~ignored].detach().numpy(), clusters[:, head][~ignored.numpy()]
+        moved = combiner.update_centroids(before[head].numpy(), rows, ids, decay=0.9)
+        np.testing.assert_allclose(routing.centroids[head].numpy(), moved, rtol=1e-12)
+    assert not torch.equal(routing.centroids, before)
+
+    fresh = module(
+        ct.OnlineRouting(5, 2, 6, pooling="mean", dtype=torch.float64), num_key_value_heads=2, is_causal=True
+    )
+    fresh.load_state_dict(attention.state_dict())
+    assert torch.equal(fresh.eval()(x)[0], attention.eval()(x)[0])
+    prefix = attention(x[:, :20])[0]
+    torch.testing.assert_close(prefix, attention(x)[0][:, :20], rtol=1e-12, atol=1e-12)
+
+
+def test_cluster_operators():
+    x, centroids = tensors((2, L, 6), (2, 5, 6), requires_grad=False)
+    clusters = ct.assign_clusters(x, centroids, balanced=True)
+    assert np.array_equal(clusters, combiner.assign_clusters(x.numpy(), centroids.numpy(), balanced=True))
+    torch.library.opcheck(torch.ops.combiner.assign_clusters, (x, centroids, False))
+    torch.library.opcheck(torch.ops.combiner.update_centroids, (centroids, x, clusters, 0.5))
+
+
+def build(kind):
+    options = {"num_key_value_heads": 2, "is_causal": True}
+    if kind == "routing":
+        return module(ct.OnlineRouting(5, 2, 6, dtype=torch.float64), **options)
+    return module(Fixed(8), abstraction="deepsets" if kind == "deepsets" else None, dropout=0.1, **options)
+
+
+@after_a_break
+@pytest.mark.parametrize("kind", ("pooled", "deepsets", "routing"))
+def test_module_life(kind):
+    """state_dict, copies, compiled and exported code."""
+    attention = build(kind).eval()
+    (x,) = tensors((2, L, 24))
+    expected, _ = attention(x)
+    file = io.BytesIO()
+    torch.save(attention.state_dict(), file)
+    file.seek(0)
+    fresh = build(kind).eval()
+    assert not torch.equal(fresh(x)[0], expected)
+    fresh.load_state_dict(torch.load(file))
+    assert torch.equal(fresh(x)[0], expected)
+    assert torch.equal(copy.deepcopy(attention)(x)[0], expected)
+    actual = torch.compile(attention, backend="aot_eager", fullgraph=kind != "deepsets")(x)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    wanted = tuple(attention.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(actual.sum(), wanted), torch.autograd.grad(expected.sum(), wanted), rtol=1e-10, atol=1e-10
+    )
+    if kind != "deepsets":
+        shapes = ({1: torch.export.Dim("L", min=5, max=4096)},)
+        program = torch.export.export(attention, (x,), dynamic_shapes=shapes).module()
+        torch.testing.assert_close(program(x[:, :20])[0], attention(x[:, :20])[0], rtol=1e-12, atol=1e-12)
+    assert "Fixed(span=8)" in repr(attention) or "OnlineRouting(5" in repr(attention)
+
+
+@pytest.mark.parametrize("batch_first", (True, False))
+@pytest.mark.parametrize("pattern", (Fixed(8), LogSparse(), Tree(3), Axial(6, "rowmajor")), ids=str)
+def test_decoder(pattern, batch_first):
+    attention = module(pattern, num_key_value_heads=2, is_causal=True, batch_first=batch_first).eval()
+    (x,) = tensors((2, L, 24))
+    expected = attention(x if batch_first else x.transpose(0, 1))[0]
+    expected = expected if batch_first else expected.transpose(0, 1)
+    decoder = attention.decoder()
+    for start in (0, 19):
+        parts = []
+        for n, (first, end) in enumerate(itertools.pairwise([0, start, *range(start + 1, 30), 35, L])):
+            part = x[:, first:end] if batch_first else x[:, first:end].transpose(0, 1)
+            out = decoder.prefill(part) if n == 0 else decoder.step(part)
+            parts.append(out if batch_first else out.transpose(0, 1))
+        torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-10, atol=1e-10)
+        decoder.reset()
+    assert not parts[0].requires_grad
+
+
+def test_transformer_layer():
+    """In PyTorch's own layer it is used in evaluation too, where that has a short cut for dense attention."""
+    layer = torch.nn.TransformerEncoderLayer(24, 4, 32, dropout=0, batch_first=True, dtype=torch.float64).eval()
+    layer.self_attn = module(Fixed(8), dropout=0.0).eval()
+    (x,) = tensors((2, L, 24), requires_grad=False)
+    ignored = torch.rand(2, L) > 0.7
+    with torch.no_grad():
+        y = layer.norm1(x + layer.self_attn(x, key_padding_mask=ignored)[0])
+        y = layer.norm2(y + layer.linear2(torch.relu(layer.linear1(y))))
+        torch.testing.assert_close(layer(x, src_key_padding_mask=ignored), y, rtol=1e-12, atol=1e-12)
+
+
+def test_module_arguments():
+    (x,) = tensors((2, L, 24))
+
+    def refuses(error, match, call):
+        with pytest.raises(error, match=match):
+            call()
+
+    refuses(ValueError, "embed_dim must be a multiple of num_heads, got 24 and 5", lambda: module(Fixed(8), 24, 5))
+    refuses(
+        ValueError,
+        "num_heads must be a multiple of num_key_value_heads, got 4 and 3",
+        lambda: module(Fixed(8), num_key_value_heads=3),
+    )
+    refuses(ValueError, "dropout must be between 0 and 1, got 2", lambda: module(Fixed(8), dropout=2))
+    refuses(ValueError, "abstraction must be None, 'deepsets' or a module", lambda: module(Fixed(8), abstraction="max"))
+    attention = module(Fixed(8), is_causal=True)
+    refuses(ValueError, "attn_mask must be None", lambda: attention(x, attn_mask=torch.zeros(L, L)))
+    refuses(ValueError, "is_causal must be True or None", lambda: attention(x, is_causal=False))
+    refuses(
+        TypeError,
+        "key_padding_mask must be bool, .* got torch.int64",
+        lambda: attention(x, key_padding_mask=torch.zeros(2, L, dtype=torch.int64)),
+    )
+    refuses(
+        ValueError,
+        "key_padding_mask must hold 0 and -inf alone",
+        lambda: attention(x, key_padding_mask=torch.ones(2, L)),
+    )
+    refuses(ValueError, "attention must be made with is_causal=True", lambda: module(Fixed(8)).decoder())
+    refuses(ValueError, "attention must have a pattern of its own", lambda: build("deepsets").decoder())
+    refuses(ValueError, "attention must have a pattern of its own", lambda: build("routing").decoder())
+    refuses(ValueError, "pattern must have a span", lambda: module(Fixed(), is_causal=True).decoder())
+    mixed = module(Mixture(Fixed(8)), abstraction="deepsets")
+    refuses(ValueError, "pattern must make one plan for all heads", lambda: mixed(x))
 
 
 # ---- errors
