@@ -38,7 +38,7 @@ library = types.SimpleNamespace(__name__="library", from_dlpack=lambda x: Tensor
 
 
 class Plain:
-    name, dtypes, convert, kind = "plain", (np.float32, np.float64), Tensor, Tensor
+    name, dtypes, convert, kind = "plain", (np.float32, np.float64, np.float16), Tensor, Tensor
 
     @staticmethod
     def array(x: Tensor) -> np.ndarray:
@@ -46,19 +46,31 @@ class Plain:
 
 
 class Torch:
-    name, dtypes = "torch", (np.float32, np.float64)
+    name = "torch"
 
     def __init__(self):
-        torch = pytest.importorskip("torch")
-        self.convert, self.kind, self.array = torch.from_numpy, torch.Tensor, np.asarray
+        self.torch = pytest.importorskip("torch")
+        self.bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+        self.dtypes, self.kind = (np.float32, np.float64, np.float16, self.bfloat16), self.torch.Tensor
+
+    def convert(self, x: np.ndarray):
+        if x.dtype == self.bfloat16:
+            return self.torch.from_numpy(x.view(np.int16)).view(self.torch.bfloat16)
+        return self.torch.from_numpy(x)
+
+    def array(self, x) -> np.ndarray:
+        if x.dtype == self.torch.bfloat16:
+            return x.view(self.torch.int16).numpy().view(self.bfloat16)
+        return x.numpy()
 
 
 class Jax:
-    name, dtypes = "jax", (np.float32,)  # it has no float64 unless it is told to
+    name = "jax"
 
     def __init__(self):
         jax = pytest.importorskip("jax")
         self.convert, self.kind, self.array = jax.numpy.asarray, jax.Array, np.asarray
+        self.dtypes = np.float32, np.float16, jax.numpy.bfloat16  # and no float64 unless it is told to
 
 
 @pytest.fixture(params=[Plain, Torch, Jax], ids=lambda made: made.name)
@@ -194,11 +206,11 @@ def test_libraries_do_not_mix(rng):
         with pytest.raises(TypeError, match=r"must be .*, got .*(ndarray|Tensor)"):
             combiner.attention(**x | {name: tensors[name]}, pattern=Dense())
     positional = [*list(x.values())[:2], tensors["value"], Dense()]
-    with pytest.raises(TypeError, match=r"value must be a float32 or float64 NumPy array, got Tensor"):
+    with pytest.raises(TypeError, match=r"value must be .* NumPy array, got Tensor"):
         combiner.attention(*positional)
     with pytest.raises(TypeError, match=r"key must be an array of library like query, got numpy.ndarray"):
         combiner.attention(tensors["query"], x["key"], tensors["value"], Dense())
-    with pytest.raises(TypeError, match=r"out must be a float32 or float64 NumPy array, got Tensor"):
+    with pytest.raises(TypeError, match=r"out must be .* NumPy array, got Tensor"):
         combiner.attention(*x.values(), Dense(), out=Tensor(x["query"][..., :DV].copy()))
 
 
@@ -235,9 +247,9 @@ def test_errors_stay_what_they_are(other, rng):
     x = {name: other.convert(a) for name, a in inputs(rng).items()}
     with pytest.raises(ValueError, match="key must have shape"):
         combiner.attention(**x | {"key": other.convert(np.zeros((B, HK, L, D + 1), np.float32))}, pattern=Dense())
-    with pytest.raises(TypeError, match="query must be a float32 or float64 NumPy array, got int32"):
+    with pytest.raises(TypeError, match=r"query must be .* NumPy array, got int32"):
         combiner.attention(**x | {"query": other.convert(np.zeros((B, HQ, L, D), np.int32))}, pattern=Dense())
-    with pytest.raises(TypeError, match="key must be a float32 or float64 NumPy array, got list"):
+    with pytest.raises(TypeError, match=r"key must be .* NumPy array, got list"):
         combiner.attention(x["query"], [0.0], x["value"], Dense())
     with pytest.raises(TypeError, match="missing a required argument: 'value'"):
         combiner.attention(x["query"], x["key"])

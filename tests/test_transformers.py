@@ -120,6 +120,26 @@ def test_dense_in_float32():
     close(actual, logits(made, ids), 1e-5)
 
 
+def test_bfloat16():
+    """As far from float32 as the model's own attention in bfloat16, give or take: 8 bits, two layers."""
+    pytest.importorskip("ml_dtypes")
+    made, ids = make(llama, Dense()), tokens(3, L)
+    options = masked("left")
+    exact = logits(made.float(), ids, **options)
+    error = {}
+    for name in ("combiner", "sdpa"):
+        made.bfloat16().set_attn_implementation(name)
+        actual = logits(made, ids, **options)
+        assert actual.dtype == torch.bfloat16
+        error[name] = (actual - exact)[MASKS["left"]].abs().max().item()
+    assert 0 < error["combiner"] < 2 * error["sdpa"]
+    made.set_attn_implementation("combiner")
+    cache = DynamicCache(config=made.config)
+    steps = [logits(made, ids[:, a:b], cache=cache) for a, b in ((0, 20), (20, 21), (21, L))]
+    assert (torch.cat(steps, 1) - logits(made, ids)).abs().max() < 2 * error["sdpa"]
+    assert train(made.train(), 2)[0] > 0
+
+
 def reference_attention(pattern):
     """The definition, in NumPy, of each row without its padding."""
 
