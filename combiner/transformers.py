@@ -48,16 +48,17 @@ def register(pattern: AnyPattern | PatternOf, name: str = "combiner") -> None:
     Raises
     ------
     TypeError : what is no pattern and no function.
-    NotImplementedError : by a model's forward pass, for what this attention does not have: output_attentions, softcap,
-        sliding windows and other overlays, 4-D masks, biases, sinks, cross-attention, caches other than
-        ``DynamicCache(config=...)``.
+    NotImplementedError : by a model's forward pass, for what this attention does not have: output_attentions (where the
+        model hands it on: GPT-2 keeps it, and returns none), softcap, sliding windows and other overlays, 4-D masks,
+        biases, sinks, cross-attention, caches other than ``DynamicCache(config=...)``.
     ValueError : by a step of generation, for a pattern that `combiner.Decoder` refuses, such as one whose default span
         depends on the length: generate with ``use_cache=False``.
 
     Notes
     -----
     Summaries are of queries too. The caches that models make from now on, for any attention, are ready to keep them
-    beside keys and values, and do so for this one.
+    beside keys and values, and do so for this one. torch.compile breaks its graph here and there, and cached steps are
+    not for it.
     """
     if isinstance(pattern, type) or not (
         callable(pattern) or isinstance(pattern, Plan | tuple) or hasattr(pattern, "plan")

@@ -271,6 +271,20 @@ def test_dropout_is_the_models():
     assert not torch.allclose(found[0], found[2]) and not torch.allclose(found[0], plain)
 
 
+def test_checkpointed_layers_drop_the_same_again():
+    made, ids = make(llama, attention_dropout=0.5).train(), tokens(1, L)
+    gradients = []
+    for is_checkpointed in (False, True):
+        if is_checkpointed:
+            made.activation_checkpointing_enable()
+        torch.manual_seed(1)
+        made.zero_grad()
+        made(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([x.grad for x in made.parameters()])
+    for actual, expected in zip(*gradients, strict=True):
+        close(actual, expected)
+
+
 def test_scaling_is_the_models():
     made, ids = make(gpt2, Dense(), scale_attn_by_inverse_layer_idx=True), tokens(1, L)
     actual = logits(made, ids)
