@@ -33,7 +33,7 @@ class Case:
     dim: int = 64
     is_causal: bool = True
     dtype: str = "float32"
-    peers: tuple[str, ...] = ()  # in peers.PEERS, or "one-thread": ours
+    peers: tuple[str, ...] = ()  # in peers.PEERS, or ours: "one-thread", "float32"
     target: float | None = None  # the least ratio to reach, to the fastest of the peers
     limit: float | None = None  # the most that may be: seconds of a call, or its memory in units of the query
     rounds: int = 15
@@ -133,6 +133,19 @@ RATIOS = (
         Case(name="threads", made=pattern, length=length, backward=b, peers=("one-thread",), target=1.9, rounds=9)
         for pattern, length in ((Fixed(128), 16384), (LogSparse(), 16384), (Dense(), 4096))
         for b in PASSES
+    ),
+    *(
+        Case(name="bfloat16", made=pattern, length=length, backward=b, dtype="bfloat16", peers=(peer,), target=target)
+        for pattern, length, peer, target in (
+            (Dense(), 4096, "float32", 1.5),
+            (Dense(), 4096, "sdpa", 2),
+            (Fixed(128), 16384, "float32", 1.5),
+        )
+        for b in PASSES
+    ),
+    *(
+        Case(name="one-head", made=pattern, length=length, backward=True, heads=1, peers=("one-thread",))
+        for pattern, length in ((Dense(), 4096), (Fixed(128), 16384), (LogSparse(), 16384), (Axial(128), 16384))
     ),
     Case(name="tiny", made=Fixed(), length=16, heads=1, peers=("sdpa",), limit=15e-6, rounds=101),
 )

@@ -130,17 +130,22 @@ def torch_call(case: Case, arrays: Arrays, attention: Callable[[Any, Any, Any], 
     import torch
 
     torch.set_num_threads(case.threads)
-    *tensors, grad_out = map(torch.from_numpy, arrays)
+    half = case.dtype == "bfloat16"  # torch and NumPy know it by its bits alone
+    bits = (torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if half else torch.from_numpy(x) for x in arrays)
+    *tensors, grad_out = bits
+
+    def array(tensor: Any) -> np.ndarray:
+        return tensor.view(torch.int16).numpy().view(case.dtype) if half else tensor.numpy()
 
     def forward() -> Arrays:
         with torch.no_grad():
-            return [attention(*tensors).numpy()]
+            return [array(attention(*tensors))]
 
     def both() -> Arrays:
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         out = attention(*leaves)
         out.backward(grad_out)
-        return [out.detach().numpy(), *(leaf.grad.numpy() for leaf in leaves)]
+        return [array(out.detach()), *(array(leaf.grad) for leaf in leaves)]
 
     return both if case.backward else forward
 

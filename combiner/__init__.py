@@ -21,6 +21,7 @@ from .functional import (
     summarize,
     summarize_backward,
     summarize_forward,
+    workspace_bytes,
 )
 from .patterns import Axial, AxialMixture, Dense, Fixed, LogSparse, Mixture, Routing, Tree
 from .plan import Plan
@@ -66,4 +67,5 @@ __all__ = [
     "summarize_backward",
     "summarize_forward",
     "update_centroids",
+    "workspace_bytes",
 ]

@@ -1278,6 +1278,38 @@ end:
     return result;
 }
 
+PyDoc_STRVAR(workspace_bytes_doc,
+             "workspace_bytes($module, query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens,\n"
+             "                region_query, region_key, dropout, backward, /)\n--\n\n"
+             "Return the bytes that a call of both stages takes beside its results, or its backward's.");
+
+static PyObject *workspace_bytes(PyObject *module, PyObject *args) {
+    PyObject *input[INPUTS], *result = NULL;
+    int is_backward;
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOp:workspace_bytes", &input[0], &input[1], &input[2], &input[3], &input[4],
+                          &input[5], &input[6], &input[7], &input[8], &input[9], &input[10], &is_backward))
+        return NULL;
+    call c = {.state = state_of(module), .type = NPY_NOTYPE};
+    cmb_problem *p = &c.problem;
+    size_t bytes;
+    cmb_error error;
+    if (!read_problem(&c, CMB_BOTH, input))
+        goto end;
+    /* Results as `forward` makes them, but of one element: nothing is computed. */
+    double element;
+    const cmb_array of_query = {.data = &element, .heads = p->Hq};
+    p->out = p->lse = of_query;
+    if (is_backward)
+        p->summary_value = p->summary_lse = of_query;
+    if (is_backward && is_weighted(&c))
+        p->summary_key = of_query;
+    if (raise_status(cmb_workspace_bytes(p, is_backward, &bytes, &error), &error))
+        result = PyLong_FromSize_t(bytes);
+end:
+    end_call(&c);
+    return result;
+}
+
 /* ---- clusters ----------------------------------------------------------------------------------- */
 
 /* x `[..., H, L, D]` or `[L, D]`; its number of heads is called Hq in the call. */
@@ -1507,6 +1539,7 @@ static PyObject *isas(PyObject *module, PyObject *unused) {
 static PyMethodDef core_methods[] = {
     {"forward", forward, METH_VARARGS, forward_doc},
     {"backward", backward, METH_VARARGS, backward_doc},
+    {"workspace_bytes", workspace_bytes, METH_VARARGS, workspace_bytes_doc},
     {"cluster", cluster, METH_VARARGS, cluster_doc},
     {"assign", assign, METH_VARARGS, assign_doc},
     {"update_centroids", update_centroids, METH_VARARGS, update_centroids_doc},

@@ -102,6 +102,21 @@ def forward(
     for_backward: bool,
     /,
 ) -> tuple[Any, Any, Any, Any, Any, Plan | tuple[Plan, ...], float]: ...
+def workspace_bytes(
+    query: _Array,
+    key: _Array,
+    value: _Array,
+    pattern: object,
+    is_causal: bool,
+    scale: float | None,
+    key_mask: _Array | None,
+    cu_seqlens: _Array | None,
+    region_query: _Array | None,
+    region_key: _Array | None,
+    dropout: tuple[float, int, _Array | None] | None,
+    backward: bool,
+    /,
+) -> int: ...
 def backward(
     stages: int,
     query: _Array,

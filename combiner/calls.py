@@ -86,10 +86,15 @@ def forward(
     """The core's results; and what `backward` needs if `function`, whose name it is to know them by, is given."""
     if isinstance(inputs.pattern, Mixture):
         raise ValueError("pattern must have one normaliser, got a Mixture, whose components have one each")
-    if inputs.cu_seqlens is not None:
-        segments = inputs.segments()
-        inputs = inputs._replace(pattern=segment_plans(inputs.pattern, segments, inputs.is_causal), cu_seqlens=segments)
-    return _run(stages, inputs, region_value, out, function)
+    return _run(stages, _in_segments(inputs), region_value, out, function)
+
+
+def _in_segments(inputs: Inputs) -> Inputs:
+    """With a plan for each sequence of a packed one."""
+    if inputs.cu_seqlens is None:
+        return inputs
+    segments = inputs.segments()
+    return inputs._replace(pattern=segment_plans(inputs.pattern, segments, inputs.is_causal), cu_seqlens=segments)
 
 
 def _run(
@@ -102,6 +107,13 @@ def _run(
     known = {**inputs._asdict(), "plan": plan, "scale": scale}
     known.update(zip(_RESULT, (*summary, out, lse), strict=True))
     return done, {"function": function, **{name: known[name] for name in _PROBLEM + _RESULT}}
+
+
+def workspace_bytes(inputs: Inputs, is_backward: bool) -> int:
+    """What the core takes at once, beside results: of a mixture what its largest component does."""
+    if isinstance(inputs.pattern, Mixture):
+        return max(_core.workspace_bytes(*component, is_backward) for component, _ in _components(inputs)[0])
+    return _core.workspace_bytes(*_in_segments(inputs), is_backward)
 
 
 def backward(stages: int, function: str, saved: Saved, *gradients: Array | None) -> tuple[Any, ...]:

@@ -228,6 +228,35 @@ def attention_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None 
     return Gradients(*calls.mean_backward(function, saved, grad_out))  # type: ignore[arg-type]
 
 
+def workspace_bytes(
+    query: Array,
+    key: Array,
+    value: Array,
+    pattern: AnyPattern,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_mask: Array | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
+    region_query: Array | None = None,
+    region_key: Array | None = None,
+    dropout_p: float = 0.0,
+    backward: bool = False,
+) -> int:
+    """The memory that `attention`, or `attention_backward`, takes beside plan and results, in bytes.
+
+    Nothing is computed. `attention_forward` takes no more. It goes by the threads in force (`set_num_threads`).
+
+    Parameters
+    ----------
+    query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens, region_query, region_key, dropout_p : as in
+        `attention`; of the arrays only shapes, strides and dtypes count.
+    backward : whether to tell of the backward pass.
+    """
+    given = query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens, region_query, region_key
+    return calls.workspace_bytes(Inputs(*given, calls.dropout(dropout_p, 0)), backward)
+
+
 def summarize(
     query: Array,
     key: Array,

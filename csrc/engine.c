@@ -3,7 +3,8 @@
  * Runs a problem: checks everything, takes all memory, then schedules waves of tasks over heads. Forward
  * runs every wave over a group of heads at once, each (head, task) pair on whichever thread is free. Backward
  * adds into rows that tasks and query heads share, so one thread takes a key head with all its query heads
- * and runs its tasks in reverse: that order, not the threads, decides the bits.
+ * and runs its tasks in reverse: that order, not the threads, decides the bits. Heads that would leave threads idle
+ * are shared by all of them, in turns that keep it (turns.h).
  */
 #include "stages.h"
 
@@ -219,11 +220,14 @@ typedef struct {
     int64_t segments;
     segment *segment; /* [segments] */
     int64_t units;    /* heads of segments forward, key heads backward */
+    int64_t shared;   /* backward: of these, the last ones, each of all workers together */
     int64_t slots;    /* of which in flight at once */
     int workers;
     cmb_cancel *cancel;
     tables *table;         /* [slots] */
     cmb_scratch **scratch; /* [workers] */
+    cmb_turns *turns;      /* where workers share a head, else NULL */
+    cmb_item *item;        /* [workers] */
     int64_t first, flying; /* forward: the group of heads at hand */
     int32_t wave;
     int64_t *task; /* [slots + 1] first index of each head's tasks in this wave */
@@ -279,6 +283,24 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
     }
     for (int64_t s = 0, region = 0; segments && s < run->segments; region += segments[s++].R)
         segments[s] = segment_of(p, s, region);
+    if (backward && run->shared > 0) {
+        const size_t blocks = 2 * (size_t)cmb_blocks(run->L + run->R);
+        cmb_turns *turns = cmb_take(arena, 1, sizeof *turns);
+        cmb_item *item = cmb_take(arena, (size_t)run->workers, sizeof *item);
+        cmb_turns t = {.asked = cmb_take(arena, blocks, sizeof *t.asked),
+                       .through = cmb_take(arena, blocks, sizeof *t.through)};
+        for (int i = 0; i < run->workers; i++) {
+            cmb_item own = {.worker = i, .cancel = run->cancel, .turns = turns};
+            own.place = cmb_take(arena, blocks, sizeof *own.place);
+            own.turn = cmb_take(arena, blocks, sizeof *own.turn);
+            if (item)
+                item[i] = own;
+        }
+        if (turns)
+            *turns = t;
+        run->turns = turns;
+        run->item = item;
+    }
     run->segment = segments;
     run->table = table;
     run->scratch = scratch;
@@ -319,8 +341,8 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
     run->units = p->B * run->segments * (backward ? p->Hk : p->Hq);
     run->workers = work < (double)worth_a_thread ? 1 : threads;
     if (backward) {
-        run->workers = run->units < run->workers ? (int)run->units : run->workers;
-        run->slots = run->workers;
+        run->shared = run->workers > 1 ? run->units % run->workers : 0;
+        run->slots = run->units < run->workers ? 1 : run->workers;
     } else {
         const int64_t bytes = (run->L + run->R) * (2 * p->D + p->Dv) * (int64_t)run->stage->size;
         const int64_t fit = bytes > 0 ? bytes_in_flight / bytes : INT64_MAX;
@@ -619,6 +641,15 @@ static void end_gradients(const schedule *run, const cmb_head *head, const unit 
     }
 }
 
+/* A query head of the unit, ready for its tasks but for the pools; worker's is the scratch used. */
+static cmb_head begin_backward(const schedule *run, const tables *t, const unit *u, int worker) {
+    cmb_head head = make_head(run, t, u);
+    begin_gradients(run, &head, t, u, worker);
+    widen_regions(run, &head, u, true, worker);
+    clear_counts(&head);
+    return head;
+}
+
 static void backward_unit(void *context, int64_t index, int worker) {
     const schedule *run = context;
     const cmb_problem *p = run->problem;
@@ -628,22 +659,152 @@ static void backward_unit(void *context, int64_t index, int worker) {
     unit u = unit_of(run, index, p->Hk);
     const int64_t end = (u.h + 1) * group;
     for (u.h *= group; u.h < end; u.h++) {
-        cmb_head head = make_head(run, t, &u);
-        begin_gradients(run, &head, t, &u, worker);
-        widen_regions(run, &head, &u, true, worker);
-        clear_counts(&head);
-        for (int32_t task = 0; task < head.plan->tasks && !cmb_cancelled(run->cancel, worker); task++)
+        const cmb_head head = begin_backward(run, t, &u, worker);
+        const cmb_plan *plan = head.plan;
+        for (int32_t task = 0; task < plan->tasks && !cmb_cancelled(run->cancel, worker); task++)
             run->stage->pool(&head, task, scratch);
-        for (int32_t wave = head.plan->waves - 1; wave >= 0; wave--)
-            for (int32_t task = head.plan->wave[wave + 1] - 1; task >= head.plan->wave[wave]; task--) {
+        for (int32_t task = plan->tasks - 1; task >= 0; task--) {
+            for (int32_t tile = plan->task[task + 1].tile - 1; tile >= plan->task[task].tile; tile--) {
                 if (cmb_cancelled(run->cancel, worker))
                     return;
-                run->stage->tiles_backward(&head, task, scratch, run->cancel, worker);
-                if (head.stages & CMB_SUMMARIZE)
-                    run->stage->pool_backward(&head, task, scratch);
+                run->stage->tile_backward(&head, tile, scratch, NULL, run->cancel, worker);
             }
+            if (head.stages & CMB_SUMMARIZE)
+                run->stage->pool_backward(&head, task, scratch, NULL);
+        }
         end_gradients(run, &head, &u, worker);
     }
+}
+
+/* ---- backward of a head that all workers share -------------------------------------------------- */
+
+typedef struct {
+    const schedule *run;
+    cmb_head head;
+    int32_t first; /* task of the wave at hand */
+} shared_head;
+
+static void clear_block(void *context, int64_t block, int worker) {
+    const shared_head *shared = context;
+    const cmb_head *head = &shared->head;
+    (void)worker;
+    const cmb_rows *const rows[] = {&head->grad.query,        &head->grad.key,        &head->grad.value,
+                                    &head->grad.region_query, &head->grad.region_key, &head->grad.region_value};
+    for (int n = 0; n < 6; n++)
+        if (rows[n]->stale && block < cmb_blocks(rows[n]->count) && rows[n]->stale[block])
+            shared->run->stage->clear(*rows[n], block);
+}
+
+static void pool_task(void *context, int64_t index, int worker) {
+    const shared_head *shared = context;
+    shared->run->stage->pool(&shared->head, shared->first + (int32_t)index, shared->run->scratch[worker]);
+}
+
+static int32_t row_of(const cmb_plan *plan, cmb_list list, int32_t n) {
+    return list.step ? list.start + list.step * n : plan->index[list.start + n];
+}
+
+/* What a tile is going to touch: its rows chunk by chunk, its queries to the end. */
+static void ask_for_tile(const cmb_head *head, const cmb_tile *tile, cmb_item *item) {
+    const cmb_plan *plan = head->plan;
+    for (int32_t run = tile->run; run < tile[1].run; run++) {
+        const cmb_list rows = plan->run[run].row;
+        for (int32_t n = 0, next; n < rows.count; n = next) {
+            const int32_t x = row_of(plan, rows, n), rest = CMB_BLOCK_ROWS - x % CMB_BLOCK_ROWS;
+            next = rows.step != 1 ? n + 1 : rest < rows.count - n ? n + rest : rows.count;
+            cmb_ask(item, CMB_KEY_ROWS, x, cmb_use(run, next - 1));
+        }
+    }
+    for (int32_t n = 0; n < tile->query.count; n++) {
+        const int32_t x = row_of(plan, tile->query, n);
+        cmb_ask(item, CMB_QUERY_ROWS, x, INT64_MAX - 1);
+        if (x >= head->L)
+            cmb_ask(item, CMB_KEY_ROWS, x, INT64_MAX - 1);
+    }
+}
+
+static void ask_for_pools(const cmb_head *head, int32_t task, cmb_item *item) {
+    const cmb_plan *plan = head->plan;
+    const bool picks = plan->pooling == CMB_POOL_FIRST;
+    for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++) {
+        const cmb_pool *pool = &plan->pool[p];
+        for (int32_t n = -1; n < (picks ? 1 : pool->child.count); n++) {
+            int32_t x = n < 0 ? pool->row : row_of(plan, pool->child, n);
+            if (n == 0 && picks && pool->row < head->L + plan->R)
+                x = head->pick[pool->row - head->L];
+            if (x >= head->L + plan->R) /* a scratch row, the worker's own */
+                continue;
+            cmb_ask(item, CMB_QUERY_ROWS, x, INT64_MAX - 1);
+            cmb_ask(item, CMB_KEY_ROWS, x, INT64_MAX - 1);
+        }
+    }
+}
+
+/* Items are numbered in the order of one thread: of the last task the last tile to the first, then its pools; and so
+ * on to the first task. */
+static void backward_item(void *context, int64_t number, int worker) {
+    const shared_head *shared = context;
+    const schedule *run = shared->run;
+    const cmb_head *head = &shared->head;
+    const cmb_plan *plan = head->plan;
+    cmb_item *item = &run->item[worker];
+    /* Forward, task t's pools are number tile + t, and its tiles follow. */
+    const int32_t at = plan->tiles + plan->tasks - 1 - (int32_t)number;
+    int32_t task = 0, end = plan->tasks;
+    while (end - task > 1) {
+        const int32_t middle = task + (end - task) / 2;
+        if (plan->task[middle].tile + middle <= at)
+            task = middle;
+        else
+            end = middle;
+    }
+    const int32_t tile = at - task - 1; /* the task's first less 1: its pools */
+    const bool is_tile = tile >= plan->task[task].tile, pools = !is_tile && head->stages & CMB_SUMMARIZE;
+    if (!cmb_enter(item, (int32_t)number))
+        return;
+    if (is_tile)
+        ask_for_tile(head, &plan->tile[tile], item);
+    else if (pools)
+        ask_for_pools(head, task, item);
+    cmb_entered(item);
+    if (is_tile)
+        run->stage->tile_backward(head, tile, run->scratch[worker], item, run->cancel, worker);
+    else if (pools)
+        run->stage->pool_backward(head, task, run->scratch[worker], item);
+    cmb_pass(item, INT64_MAX);
+}
+
+static void backward_together(const schedule *run, int64_t index) {
+    const cmb_problem *p = run->problem;
+    const int64_t group = p->Hq / p->Hk;
+    unit u = unit_of(run, index, p->Hk);
+    const int64_t end = (u.h + 1) * group;
+    for (u.h *= group; u.h < end && !cmb_cancelled(run->cancel, 0); u.h++) {
+        shared_head shared = {.run = run, .head = begin_backward(run, &run->table[0], &u, 0)};
+        const cmb_plan *plan = shared.head.plan;
+        const int64_t longest = shared.head.L > shared.head.R ? shared.head.L : shared.head.R;
+        cmb_parallel_for(cmb_blocks(longest), run->workers, clear_block, &shared, run->cancel);
+        for (int32_t wave = 0; wave < plan->waves; wave++) {
+            shared.first = plan->wave[wave];
+            cmb_parallel_for(plan->wave[wave + 1] - shared.first, run->workers, pool_task, &shared, run->cancel);
+        }
+        run->turns->blocks = cmb_blocks(shared.head.L + shared.head.R);
+        atomic_store(&run->turns->entered, 0);
+        memset(run->turns->asked, 0, 2 * (size_t)run->turns->blocks * sizeof *run->turns->asked);
+        for (int64_t n = 0; n < 2 * run->turns->blocks; n++)
+            atomic_init(&run->turns->through[n], 0);
+        for (int i = 0; i < run->workers; i++)
+            memset(run->item[i].place, 0, 2 * (size_t)run->turns->blocks * sizeof *run->item[i].place);
+        cmb_parallel_for((int64_t)plan->tiles + plan->tasks, run->workers, backward_item, &shared, run->cancel);
+        end_gradients(run, &shared.head, &u, 0);
+    }
+}
+
+static void backward_units(schedule *run) {
+    const int64_t whole = run->units - run->shared;
+    cmb_parallel_for(whole, run->workers, backward_unit, run, run->cancel);
+    for (int64_t index = whole; index < run->units; index++)
+        backward_together(run, index);
 }
 
 /* ---- entry points ------------------------------------------------------------------------------- */
@@ -657,6 +818,7 @@ static cmb_status execute(const cmb_problem *problem, const cmb_gradients *gradi
     cmb_cancel cancel;
     cmb_arena arena = {0};
     plan_run(&run, problem, gradients, backward);
+    run.cancel = &cancel;
     if (run.units == 0) {
         if (only_bytes)
             *only_bytes = 0;
@@ -675,10 +837,9 @@ static cmb_status execute(const cmb_problem *problem, const cmb_gradients *gradi
         return cmb_fail(error, CMB_ERR_MEMORY, "no memory for a workspace of %zu bytes", bytes);
     arena = (cmb_arena){.base = memory};
     take_memory(&run, &arena, backward);
-    run.cancel = &cancel;
     cmb_cancel_init(&cancel, interrupt);
     if (backward)
-        cmb_parallel_for(run.units, run.workers, backward_unit, &run, &cancel);
+        backward_units(&run);
     else
         forward(&run);
     cmb_release(memory);

@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "runtime.h"
+#include "turns.h"
 
 /* One head of a cmb_array: row x is at element x * row of data. Gradients are zeroed in blocks of rows when one of them
  * is first met, so that they are in the cache when they are added to: in stale[block] where that is still to come. */
@@ -14,9 +15,6 @@ typedef struct {
     uint8_t *stale; /* [cmb_blocks(count)], or NULL: all rows hold what they should */
     int64_t count, dim;
 } cmb_rows;
-
-enum { CMB_BLOCK_ROWS = 64 };
-static inline int64_t cmb_blocks(int64_t rows) { return (rows + CMB_BLOCK_ROWS - 1) / CMB_BLOCK_ROWS; }
 
 /* One query head of one segment of a problem. Region tables have rows 0..R-1 for table rows L..L+R-1. The elements of
  * query, key, value, out and grad.out are as stored by the caller; those of all other rows are what is computed with,
@@ -76,9 +74,11 @@ typedef struct {
     cmb_scratch *(*scratch)(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t children, bool dropout,
                             bool backward);
     void (*pool)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
-    void (*pool_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
+    void (*pool_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_item *item);
     void (*tiles)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_cancel *cancel, int worker);
-    void (*tiles_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_cancel *cancel, int worker);
+    /* `item`, where several workers share the head, has entered with what the tile or the pools ask for. */
+    void (*tile_backward)(const cmb_head *head, int32_t tile, cmb_scratch *scratch, cmb_item *item, cmb_cancel *cancel,
+                          int worker);
     /* Before the first tile every lse is -inf, "nothing attended yet"; after the last one rows that kept it
      * become zeros. `dim` features of `rows`, and of `more` where it has data. */
     void (*begin)(int64_t n, cmb_rows lse);

@@ -46,6 +46,7 @@ struct cmb_scratch {
     const KERNELS *kernel;
     const cmb_half *half;
     bool backward;
+    cmb_item *item;                    /* backward, of a head that workers share: the turns of the tile at hand */
     int width;                         /* of the tile at hand */
     REAL *packed;                      /* [D][64] Q^T */
     REAL *s;                           /* [CHUNK][64] */
@@ -333,11 +334,14 @@ static void pool_table(const cmb_head *head, const cmb_pool *pool, cmb_scratch *
     }
 }
 
-static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) {
+/* The task's pools into rows from `least` on. */
+static void pool_from(const cmb_head *head, int32_t task, int64_t least, cmb_scratch *w) {
     const cmb_plan *plan = head->plan;
     for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++) {
         const cmb_pool *step = &plan->pool[p];
         int32_t n;
+        if (step->row < least)
+            continue;
         const int32_t total = count_children(head, step, w, &n);
         if (total == 0)
             continue;
@@ -354,6 +358,8 @@ static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) {
             pool_table(head, step, w, n, total, head->key, head->region_key, w->pool_key);
     }
 }
+
+static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) { pool_from(head, task, head->L, w); }
 
 static void add_row(cmb_scratch *w, int64_t dim, REAL factor, const REAL *from, REAL *to) {
     const REAL *a = &factor;
@@ -377,10 +383,12 @@ static void pool_table_backward(const cmb_head *head, const cmb_pool *pool, cmb_
     }
 }
 
-static void pool_backward(const cmb_head *head, int32_t task, cmb_scratch *w) {
+static void pool_backward(const cmb_head *head, int32_t task, cmb_scratch *w, cmb_item *item) {
     const cmb_plan *plan = head->plan;
+    if (!cmb_await_all(item))
+        return;
     if (plan->N) { /* the scratch rows are other tasks' by now */
-        pool(head, task, w);
+        pool_from(head, task, head->L + plan->R, w);
         memset(w->pool_query_grad, 0, (size_t)(plan->N * head->D) * sizeof(REAL));
         memset(w->pool_key_grad, 0, (size_t)(plan->N * head->D) * sizeof(REAL));
     }
@@ -908,6 +916,24 @@ static void tiles(const cmb_head *head, int32_t task, cmb_scratch *w, cmb_cancel
 
 /* ---- backward ----------------------------------------------------------------------------------- */
 
+/* The gradient rows of a tile's queries: theirs, and of regions those that earlier tiles have summed up. */
+static bool await_queries(const cmb_head *head, const tile_state *t, const cmb_scratch *w) {
+    for (int lane = 0; w->item && lane < t->n; lane++) {
+        const int32_t x = element(head->plan, t->tile->query, lane);
+        if (!cmb_await(w->item, CMB_QUERY_ROWS, x) || (t->regions && !cmb_await(w->item, CMB_KEY_ROWS, x)))
+            return false;
+    }
+    return true;
+}
+
+/* Those of the chunk's rows. */
+static bool await_rows(const tile_state *t, const cmb_scratch *w) {
+    for (int i = 0; w->item && i < t->rows; i++)
+        if (!cmb_await(w->item, CMB_KEY_ROWS, w->row[i]))
+            return false;
+    return true;
+}
+
 /* lse in base 2 and delta of one query, with the rows of its gradient; false where it attends nothing. */
 static bool begin_lane(const cmb_head *head, const tile_state *t, int lane, REAL *lse2, REAL *delta, cmb_scratch *w) {
     const int64_t x = element(head->plan, t->tile->query, lane), r = x - head->L;
@@ -942,7 +968,7 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
     tile_state t = begin_tile(head, tile, w);
     w->width = tile->width;
     REAL *lse2 = w->state, *delta = lse2 + WIDEST;
-    if (!t.all)
+    if (!t.all || !await_queries(head, &t, w))
         return;
     uint64_t attending = 0;
     for (int lane = 0; lane < t.n; lane++)
@@ -980,11 +1006,14 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
                                                   delta, (REAL)head->scale);
         if (t.dropout)
             drop(&t, w->width, w->s, w);
+        lane_sums(&t, w->dp, w->key, head->D, w->lane_out, !finite, w);
+        if (!await_rows(&t, w))
+            return;
         row_sums(&t, w->s, grad_in, head->Dv, w->dvalue, !finite, w);
         if (t.weighted)
             row_sums(&t, w->s, w->key_grad_in, head->D, w->dkey, !finite, w);
         row_sums(&t, w->dp, query_in, head->D, w->dkey, !finite, w);
-        lane_sums(&t, w->dp, w->key, head->D, w->lane_out, !finite, w);
+        cmb_pass(w->item, cmb_use(t.run, t.next));
     }
 }
 
@@ -993,7 +1022,7 @@ static void row_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_sc
     tile_state t = begin_tile(head, tile, w);
     REAL lse2, delta, *query = w->line;
     const REAL *dp = w->dp;
-    if (!t.all || !begin_lane(head, &t, 0, &lse2, &delta, w))
+    if (!t.all || !await_queries(head, &t, w) || !begin_lane(head, &t, 0, &lse2, &delta, w))
         return;
     memcpy(query, w->lane_in[0], (size_t)head->D * sizeof(REAL));
     w->kernel->scale(head->D, query, (REAL)(head->scale * log2_e));
@@ -1003,6 +1032,8 @@ static void row_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_sc
         t.rows = visible_rows(&t, w);
         if (t.rows == 0)
             continue;
+        if (!await_rows(&t, w))
+            return;
         const REAL *p_at[CHUNK], *ds_at[CHUNK];
         for (int i = 0; i < t.rows; i++) {
             p_at[i] = w->s + i;
@@ -1029,19 +1060,20 @@ static void row_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_sc
             w->kernel->product(t.rows, head->D, 1, p_at, 0, w->key_grad_in, w->dkey, 0, true);
         w->kernel->product(t.rows, head->D, 1, ds_at, 0, w->lane_in, w->dkey, 0, true);
         w->kernel->product(1, head->D, t.rows, &dp, 1, w->key, w->lane_out, 0, true);
+        cmb_pass(w->item, cmb_use(t.run, t.next));
     }
 }
 
-static void tiles_backward(const cmb_head *head, int32_t task, cmb_scratch *w, cmb_cancel *cancel, int worker) {
-    const cmb_plan *plan = head->plan;
-    for (int32_t i = plan->task[task + 1].tile - 1; i >= plan->task[task].tile; i--) {
-        if (!wanted(head, &plan->tile[i]))
-            continue;
-        if (plan->tile[i].width == 1)
-            row_tile_backward(head, &plan->tile[i], w, cancel, worker);
-        else
-            lane_tile_backward(head, &plan->tile[i], w, cancel, worker);
-    }
+static void tile_backward(const cmb_head *head, int32_t number, cmb_scratch *w, cmb_item *item, cmb_cancel *cancel,
+                          int worker) {
+    const cmb_tile *tile = &head->plan->tile[number];
+    if (!wanted(head, tile))
+        return;
+    w->item = item;
+    if (tile->width == 1)
+        row_tile_backward(head, tile, w, cancel, worker);
+    else
+        lane_tile_backward(head, tile, w, cancel, worker);
 }
 
 /* ---- beginnings and ends ------------------------------------------------------------------------ */
@@ -1105,7 +1137,7 @@ const cmb_stage_table *NAME2(cmb_stages, FORMAT)(void) {
         .pool = pool,
         .pool_backward = pool_backward,
         .tiles = tiles,
-        .tiles_backward = tiles_backward,
+        .tile_backward = tile_backward,
         .begin = begin,
         .finish = finish,
         .copy_region_keys = copy_region_keys,

@@ -10,13 +10,14 @@ import tracemalloc
 import weakref
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import Clustered, each_isa
 from fresh import fresh_process, run_python
 
 import combiner
-from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Plan, Tree, _core
+from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Mixture, Plan, Tree, _core
 
 PATTERNS = [
     Dense(),
@@ -290,9 +291,35 @@ def test_memory_grows_with_the_length(threads):
                 call()
                 taken[name, L] = _core._peak_bytes() - before + plan.nbytes
                 assert _core._live_bytes() == before
+                told = combiner.workspace_bytes(q, k, v, plan, backward=name == "backward")
+                assert taken[name, L] - plan.nbytes == told, (pattern, name, L)
                 most = arrays * max(1, plan.region_count / L) * q.nbytes
                 assert taken[name, L] <= most, (pattern, name, L, taken)
                 assert L == 2048 or taken[name, L] <= 2.1 * taken[name, L // 2], (pattern, name, L, taken)
+
+
+@fresh_process(COMBINER_TEST_ALLOCATOR="1")
+def test_workspace_is_told_in_advance():
+    """To the byte: of packed sequences, mixtures, masks, dropout and every dtype, what is given and what is not."""
+    L, rng = 300, np.random.default_rng(0)
+    bounds = [0, 50, 51, 300]
+    for dtype in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16):
+        q, g = rng.standard_normal((2, 2, 4, L, 12)).astype(dtype)
+        k, v = rng.standard_normal((2, 2, 2, L, 12)).astype(dtype)
+        for pattern in (*PATTERNS, Mixture(Fixed(8), LogSparse())):
+            for options in ({}, {"cu_seqlens": bounds}, {"dropout_p": 0.5}, {"key_mask": rng.random((2, L)) < 0.5}):
+                before = _core._live_bytes()
+                _, saved = combiner.attention_forward(q, k, v, pattern, **options)
+                plans = _core._live_bytes() - before  # as large again where the call below makes them anew
+                _core._peak_bytes()
+                before = _core._live_bytes()
+                combiner.attention(q, k, v, pattern, **options)
+                taken, told = _core._peak_bytes() - before, combiner.workspace_bytes(q, k, v, pattern, **options)
+                assert told <= taken <= told + plans, (pattern, options)
+                _core._peak_bytes()
+                combiner.attention_backward(g, saved)
+                taken = _core._peak_bytes() - before
+                assert taken == combiner.workspace_bytes(q, k, v, pattern, backward=True, **options), (pattern, options)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

@@ -377,16 +377,20 @@ static uint16_t *half_row(int n) {
     return x;
 }
 
-static uint16_t **half_rows_of(int n, int numbers) {
+/* Rows of pairs. */
+static uint16_t **pair_rows_of(int n, int pairs) {
     uint16_t **row = take(n, sizeof *row);
-    for (int i = 0; i < n; i++)
-        row[i] = half_row(numbers);
+    for (int i = 0; i < n; i++) {
+        row[i] = take(pairs, 2 * sizeof **row);
+        for (int t = 0; t < 2 * pairs; t++)
+            row[i][t] = random_bf16();
+    }
     return row;
 }
 
 static void check_pair_product(const cmb_half *half, int m, int n, int k, int step, bool add) {
     CASE("pairs: product m %d n %d k %d step %d add %d", m, n, k, step, add);
-    uint16_t **a = half_rows_of(m, 2 * ((k - 1) * step + 1)), **b = half_rows_of(k, 2 * n);
+    uint16_t **a = pair_rows_of(m, (k - 1) * step + 1), **b = pair_rows_of(k, n);
     float **c = rows_f32(m, n);
     double *before = take(m * n, sizeof *before);
     for (int i = 0; i < m * n; i++)
@@ -445,7 +449,7 @@ static void pairs(void) {
             for (int n = 1; n <= width; n += 1 + random_below(5)) {
                 const int dim = 1 + random_below(40);
                 CASE("pairs: pack %d rows of %d to width %d", n, dim, width);
-                uint16_t **row = half_rows_of(n, 2 * dim);
+                uint16_t **row = pair_rows_of(n, dim);
                 uint32_t *packed = take(dim * width, 4), want;
                 half->pack(n, row, dim, width, packed);
                 for (int d = 0; d < dim; d++)
