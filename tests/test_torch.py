@@ -5,6 +5,10 @@ import copy
 import gc
 import io
 import itertools
+import os
+import pathlib
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -98,6 +102,49 @@ def test_the_librarys_bits(pattern, dropout_p):
         assert np.array_equal(x.numpy(), y)
 
 
+@pytest.mark.parametrize("pattern", (Fixed(8), Mixture(Fixed(4), LogSparse()), PATTERNS[4]), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_dtypes(pattern, dtype):
+    """The library's bits in each; lse, where there is one, is float32."""
+    if dtype == torch.bfloat16:
+        pytest.importorskip("ml_dtypes")
+    has_lse = not isinstance(pattern, Mixture)
+    inputs = tensors((2, 4, L, 6), (2, 2, L, 6), (2, 2, L, 5), dtype=dtype)
+    out, saved = combiner.attention_forward(*map(torch_ops.as_array, inputs), pattern, is_causal=True)
+    actual = ct.attention(*inputs, pattern, is_causal=True, return_lse=has_lse)
+    actual, lse = actual if has_lse else (actual, None)
+    assert actual.dtype == dtype
+    assert np.array_equal(torch_ops.as_array(actual), out)
+    assert lse is None or (lse.dtype == torch.float32 and np.array_equal(torch_ops.as_array(lse), saved["lse"]))
+    g = torch.randn_like(actual)
+    expected = combiner.attention_backward(torch_ops.as_array(g), saved)
+    for x, y in zip(torch.autograd.grad(actual, inputs, g), expected, strict=False):
+        assert x.dtype == dtype
+        assert np.array_equal(torch_ops.as_array(x), y)
+
+
+def test_autocast():
+    """As PyTorch's own attention: all but float64 is cast, and gradients come back as the inputs are."""
+    pytest.importorskip("ml_dtypes")
+    q, k, v = tensors((2, L, 4), (2, L, 4), (2, L, 4), dtype=torch.float32)
+    mixed, double = (q, k, v.detach().bfloat16()), (q.double(), k.double(), v.double())
+
+    def f(q, k, v):
+        return ct.attention(q, k, v, Fixed(8))
+
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            out, other = f(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            assert out.dtype == other.dtype == dtype
+            assert torch.equal(torch.compile(f, **compiled)(q, k, v), out)
+            assert f(*mixed).dtype == dtype
+            assert f(*double).dtype == torch.float64
+        assert torch.equal(out, f(*(x.to(dtype) for x in (q, k, v))))
+        assert all(x.dtype == torch.float32 for x in torch.autograd.grad(out.float().sum(), (q, k, v)))
+    with pytest.raises(TypeError, match=r"value must be torch.float32 like query, got torch.bfloat16"):
+        f(*mixed)
+
+
 @pytest.mark.parametrize(
     "pattern", (Fixed(8), Mixture(Fixed(8), LogSparse()), Axial(6, "rowmajor", "weighted")), ids=str
 )
@@ -187,6 +234,34 @@ def test_without_dropout_nothing_is_drawn():
     before = torch.get_rng_state()
     ct.attention(q, k, v, Fixed(8), **options)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_checkpointed_dropout():
+    """What is computed again has the seed that it had."""
+    inputs, options = problem(Fixed(8), dropout_p=0.4)
+
+    def f(q, k, v):
+        return ct.attention(q, k, v, Fixed(8), **options).square()
+
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(f(*inputs).sum(), inputs)
+    torch.manual_seed(3)
+    out = torch.utils.checkpoint.checkpoint(f, *inputs, use_reentrant=False)
+    assert same(torch.autograd.grad(out.sum(), inputs), expected)
+
+
+def test_a_plan_for_each_head():
+    inputs = tensors((2, 4, L, 6), (2, 2, L, 6), (2, 2, L, 5))
+    plans = tuple(Fixed(span).plan(L, True) for span in (4, 5, 6, 7))
+
+    def f(q, k, v):
+        return ct.attention(q, k, v, plans)
+
+    out = f(*inputs)
+    assert np.array_equal(out.detach(), combiner.attention(*(x.detach().numpy() for x in inputs), plans))
+    actual, g = torch.compile(f, **compiled)(*inputs), torch.randn_like(out)
+    assert torch.equal(actual, out)
+    assert same(torch.autograd.grad(actual, inputs, g), torch.autograd.grad(out, inputs, g))
 
 
 def test_deterministic_algorithms():
@@ -819,5 +894,23 @@ def test_one_derivative():
     q, k, v = (x.detach() for x in (q, k, v))
     with pytest.raises(NotImplementedError, match="value must have no tangent: there is no forward-mode"):
         torch.func.jvp(lambda v: ct.attention(q, k, v, Fixed(4)), (v,), (v,))
+    with pytest.raises(RuntimeError, match="setup_context"):  # PyTorch's own words
+        torch.func.grad(lambda v: ct.attention(q, k, v, Fixed(4)).sum())(v)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="query must have no tangent"):
         ct.attention(torch.autograd.forward_ad.make_dual(q, q), k, v, Fixed(4))
+
+
+# ---- the example
+
+
+def test_example():
+    """All parts, at a size at which nothing is learned."""
+    pytest.importorskip("tqdm")  # which the module asks for whose text it reads
+    root = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, root / "examples" / "torch_bytes.py", "--steps", "2", "--length", "256"]
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    for line in ("unigram", "Combiner-Fixed", "step     2:", "sample"):
+        assert line in done.stdout
