@@ -228,6 +228,7 @@ def attention_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None 
     return Gradients(*calls.mean_backward(function, saved, grad_out))  # type: ignore[arg-type]
 
 
+@any_library
 def workspace_bytes(
     query: Array,
     key: Array,

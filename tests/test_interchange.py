@@ -93,7 +93,7 @@ def same(other, actual, expected) -> None:
         assert isinstance(actual, other.kind), type(actual)
         np.testing.assert_array_equal(other.array(actual), expected, strict=True)
     else:
-        assert actual is None and expected is None
+        assert actual == expected
 
 
 def calls(x: dict[str, np.ndarray], rng):
@@ -109,6 +109,7 @@ def calls(x: dict[str, np.ndarray], rng):
     yield combiner.attention, x | {"key_mask": mask, "region_key": region_key}, options | {"return_lse": True}
     yield combiner.attention, x, {"pattern": Mixture(Fixed(SPAN), Dense())}
     yield combiner.attention, x | {"cu_seqlens": np.array([0, 5, L])}, options
+    yield combiner.workspace_bytes, x, options
     yield combiner.summarize, x, options
     yield combiner.attend, x | {"region_key": region_key, "region_value": region_value}, options | {"return_lse": True}
     yield combiner.merge, {"out_a": out, "lse_a": lse, "out_b": out[::-1].copy(), "lse_b": lse}, {}
