@@ -16,9 +16,10 @@ setup(
     ext_modules=[
         Extension(
             "combiner._core",
-            ["combiner/_core.c", *sorted(glob("csrc/*.c"))],
-            include_dirs=["csrc", numpy.get_include()],
-            depends=glob("csrc/*.h"),
+            ["combiner/_core.c", "combiner/_xla.c", *sorted(glob("csrc/*.c"))],
+            # XLA's one C header is in third_party, so that what is built anywhere serves JAX, needing nothing of it.
+            include_dirs=["csrc", "third_party", numpy.get_include()],
+            depends=[*glob("csrc/*.h"), "combiner/_xla.h", "third_party/xla/ffi/api/c_api.h"],
             define_macros=[
                 ("NPY_NO_DEPRECATED_API", "NPY_1_23_API_VERSION"),
                 ("BUILD_NUMPY_VERSION", f'"{numpy.__version__}"'),

@@ -185,10 +185,14 @@ MEMORY = tuple(
     for length in lengths
 )
 
-# The arithmetic of attention on one core, beside what the core can do.
+# The arithmetic of attention on one core, beside what the core can do: of whole calls.
 ARITHMETIC = tuple(
-    Case(name="arithmetic", made=Dense(), length=4096, backward=b, threads=1, target=target, rounds=9)
-    for b, target in zip(PASSES, (0.80, 0.85), strict=True)
+    Case(name=f"arithmetic-{name}", made=pattern, length=length, backward=b, threads=1, rounds=9)
+    for name, pattern, length in (
+        ("dense", Dense(), 4096),
+        *((name, made, 16384) for name, made, *_ in PATTERNS if name not in ("dense", "routing-heads", "mixture")),
+    )
+    for b in PASSES
 )
 
 # By the names that test_kernels --bench gives them: the least share of the core.

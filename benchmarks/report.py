@@ -167,12 +167,13 @@ def _memory(rows: list[dict[str, Any]]) -> str:
 
 def _arithmetic(rows: list[dict[str, Any]]) -> str:
     return table(
-        ("one core, float32", "GFLOP/s", "of the loop", "wanted", "met"),
+        ("one core, float32", "GFLOP/s", "of the loop", "of the lanes in use", "wanted", "met"),
         (
             (
                 row["what"],
                 f"{row['gflops']:.1f}",
                 f"{row['share']:.1%}" if row["share"] else "",
+                f"{row['useful']:.1%}" if "useful" in row else "",
                 f">= {row['target']:.0%}" if row["target"] else "",
                 MET[row["met"]],
             )

@@ -21,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "_xla.h"
 #include "combiner.h"
 
 typedef struct {
@@ -1165,6 +1166,35 @@ static bool run(const call *c, const cmb_gradients *gradients) {
 
 static PyObject *or_none(PyObject *object) { return object ? object : Py_None; }
 
+/* The `region_key` given to `attend` is the summary's key, k_R whole. */
+static bool read_summary(call *c, PyObject *region_key, PyObject *region_value) {
+    cmb_problem *p = &c->problem;
+    if (region_key == Py_None) {
+        raise_type("region_key", real_array, region_key);
+        return false;
+    }
+    p->summary_key = p->region_key;
+    memset(&p->region_key, 0, sizeof p->region_key);
+    return read_array(c, region_value, "region_value", p->Hq, c->R, p->Dv, &p->summary_value);
+}
+
+PyDoc_STRVAR(check_doc, "check($module, stages, query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens,\n"
+                        "      region_query, region_key, dropout, region_value, /)\n--\n\n"
+                        "Check the arguments of `forward` and return (plan, scale, R), without reading an array.");
+
+static PyObject *check(PyObject *module, PyObject *args) {
+    int stages;
+    PyObject *input[INPUTS], *region_value, *result = NULL;
+    if (!PyArg_ParseTuple(args, "iOOOOOOOOOOOO:check", &stages, &input[0], &input[1], &input[2], &input[3], &input[4],
+                          &input[5], &input[6], &input[7], &input[8], &input[9], &input[10], &region_value))
+        return NULL;
+    call c = {.state = state_of(module), .type = NPY_NOTYPE};
+    if (read_problem(&c, stages, input) && (stages != CMB_ATTEND || read_summary(&c, input[9], region_value)))
+        result = Py_BuildValue("(OdL)", c.plan, c.problem.scale, (long long)c.R);
+    end_call(&c);
+    return result;
+}
+
 PyDoc_STRVAR(forward_doc,
              "forward($module, stages, query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens,\n"
              "        region_query, region_key, dropout, region_value, out, for_backward, /)\n--\n\n"
@@ -1185,16 +1215,8 @@ static PyObject *forward(PyObject *module, PyObject *args) {
 
     if (!read_problem(&c, stages, input))
         goto end;
-    if (stages == CMB_ATTEND) { /* k_R is given whole: what `attend` calls region_key is the summary's key */
-        if (input[9] == Py_None) {
-            raise_type("region_key", real_array, input[9]);
-            goto end;
-        }
-        p->summary_key = p->region_key;
-        memset(&p->region_key, 0, sizeof p->region_key);
-        if (!read_array(&c, region_value, "region_value", p->Hq, c.R, p->Dv, &p->summary_value))
-            goto end;
-    }
+    if (stages == CMB_ATTEND && !read_summary(&c, input[9], region_value))
+        goto end;
     if (stages != CMB_SUMMARIZE) {
         out = given_out;
         if (given_out != Py_None ? !read_out(&c, given_out, p->Hq, p->L, p->Dv, &p->out, &stand_in)
@@ -1534,9 +1556,34 @@ static PyObject *isas(PyObject *module, PyObject *unused) {
     return names;
 }
 
+/* ---- for JAX ------------------------------------------------------------------------------------ */
+
+PyDoc_STRVAR(xla_targets_doc, "xla_targets($module, /)\n--\n\nThe custom calls of XLA, as capsules by name.");
+
+static PyObject *xla_targets(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    return Py_BuildValue("{s:N,s:N}", "combiner_forward", PyCapsule_New((void *)cmb_xla_forward, NULL, NULL),
+                         "combiner_backward", PyCapsule_New((void *)cmb_xla_backward, NULL, NULL));
+}
+
+PyDoc_STRVAR(xla_keep_plan_doc, "xla_keep_plan($module, digest, plan, /)\n--\n\n"
+                                "Let custom calls find the plan by its digest. It is never released.");
+
+static PyObject *xla_keep_plan(PyObject *module, PyObject *args) {
+    long long digest;
+    PyObject *plan;
+    if (!PyArg_ParseTuple(args, "LO!:xla_keep_plan", &digest, (PyTypeObject *)state_of(module)->plan_type, &plan))
+        return NULL;
+    if (!cmb_xla_keep_plan(digest, plan_of(plan)))
+        return PyErr_NoMemory();
+    Py_INCREF(plan);
+    Py_RETURN_NONE;
+}
+
 /* ---- the module --------------------------------------------------------------------------------- */
 
 static PyMethodDef core_methods[] = {
+    {"check", check, METH_VARARGS, check_doc},
     {"forward", forward, METH_VARARGS, forward_doc},
     {"backward", backward, METH_VARARGS, backward_doc},
     {"workspace_bytes", workspace_bytes, METH_VARARGS, workspace_bytes_doc},
@@ -1550,6 +1597,8 @@ static PyMethodDef core_methods[] = {
     {"set_isa", set_isa, METH_O, set_isa_doc},
     {"get_isa", get_isa, METH_NOARGS, get_isa_doc},
     {"isas", isas, METH_NOARGS, isas_doc},
+    {"xla_targets", xla_targets, METH_NOARGS, xla_targets_doc},
+    {"xla_keep_plan", xla_keep_plan, METH_VARARGS, xla_keep_plan_doc},
     {"_fail_allocation", fail_allocation, METH_VARARGS, fail_allocation_doc},
     {"_live_bytes", live_bytes, METH_NOARGS, live_bytes_doc},
     {"_peak_bytes", peak_bytes, METH_NOARGS, peak_bytes_doc},

@@ -84,9 +84,14 @@ def forward(
     function: str | None = None,
 ) -> tuple[tuple[Any, ...], Saved]:
     """The core's results; and what `backward` needs if `function`, whose name it is to know them by, is given."""
+    return _run(stages, single(inputs), region_value, out, function)
+
+
+def single(inputs: Inputs) -> Inputs:
+    """The inputs of one core call; a `Mixture` is refused."""
     if isinstance(inputs.pattern, Mixture):
         raise ValueError("pattern must have one normaliser, got a Mixture, whose components have one each")
-    return _run(stages, _in_segments(inputs), region_value, out, function)
+    return _in_segments(inputs)
 
 
 def _in_segments(inputs: Inputs) -> Inputs:
@@ -112,7 +117,7 @@ def _run(
 def workspace_bytes(inputs: Inputs, is_backward: bool) -> int:
     """What the core takes at once, beside results: of a mixture what its largest component does."""
     if isinstance(inputs.pattern, Mixture):
-        return max(_core.workspace_bytes(*component, is_backward) for component, _ in _components(inputs)[0])
+        return max(_core.workspace_bytes(*component, is_backward) for component, _ in components(inputs)[0])
     return _core.workspace_bytes(*_in_segments(inputs), is_backward)
 
 
@@ -130,17 +135,17 @@ def backward(stages: int, function: str, saved: Saved, *gradients: Array | None)
 
 def mean_forward(inputs: Inputs, *, out: Array | None = None, function: str | None = None) -> tuple[Array, Saved]:
     """The mean of the components' outputs; and what `mean_backward` needs if `function` is given."""
-    components, region_count = _components(inputs)
+    each, region_count = components(inputs)
     saved: Saved = {"function": function, "components": [], "region_count": region_count}
     total: Any = None
-    for n, (component, regions) in enumerate(components):
-        is_last = n + 1 == len(components)  # whose `out` is the caller's: it is written when all else is done
+    for n, (component, regions) in enumerate(each):
+        is_last = n + 1 == len(each)  # whose `out` is the caller's: it is written when all else is done
         (own, *_), own_saved = _run(BOTH, component, None, out if is_last else None, function)
         if function is not None:
             saved["components"].append(({**own_saved, "out": own.copy()}, regions))
         wide = widened(own)
         total = wide if total is None else np.add(total, wide, out=wide)
-    np.divide(total, len(components), out=own, casting="same_kind")
+    np.divide(total, len(each), out=own, casting="same_kind")
     return own, saved
 
 
@@ -162,7 +167,7 @@ def mean_backward(function: str, saved: Saved, grad_out: Array) -> list[Array | 
 Regions: TypeAlias = slice | npt.NDArray[np.int64]  # one component's part of the region axis
 
 
-def _components(inputs: Inputs) -> tuple[list[tuple[Inputs, Regions]], int]:
+def components(inputs: Inputs) -> tuple[list[tuple[Inputs, Regions]], int]:
     """Each component's call and regions; and R. Regions lie sequence by sequence, in each component by component; so
     do the rows that dropout numbers."""
     segments = inputs.segments()
@@ -175,7 +180,7 @@ def _components(inputs: Inputs) -> tuple[list[tuple[Inputs, Regions]], int]:
     counts = np.array([_count_regions(each, len(lengths)) for each in plans], np.int64)
     owner = np.repeat(np.tile(np.arange(len(plans)), len(lengths)), counts.T.ravel())  # each region's component
     rows = np.cumsum(lengths + counts, axis=0) - (lengths + counts)
-    components = []
+    calls = []
     for n, plan in enumerate(plans):
         regions = np.flatnonzero(owner == n) if packed else slice(*np.searchsorted(owner, (n, n + 1)))
         component = inputs._replace(
@@ -185,8 +190,8 @@ def _components(inputs: Inputs) -> tuple[list[tuple[Inputs, Regions]], int]:
             region_key=_take(inputs.region_key, "region_key", regions, len(owner)),
             dropout=inputs.dropout and (*inputs.dropout[:2], rows[n]),
         )
-        components.append((component, regions))
-    return components, len(owner)
+        calls.append((component, regions))
+    return calls, len(owner)
 
 
 def _count_regions(plans: Plans, segments: int) -> npt.NDArray[np.int64]:

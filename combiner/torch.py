@@ -9,6 +9,7 @@ of ``torch.nn.MultiheadAttention``. Letters as in `combiner.functional`, and E f
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -20,8 +21,8 @@ from torch.nn import functional
 
 import combiner
 
-from .patterns import AnyPattern
-from .plan import Array, Plan, Pooling
+from .patterns import AnyPattern, Factorization
+from .plan import POOLINGS, Array, Plan, Pooling, choice_number
 from .torch_ops import (
     Routing,
     Summary,
@@ -70,7 +71,7 @@ _regions_of_plan: weakref.WeakKeyDictionary[Plan, Regions] = weakref.WeakKeyDict
 
 @torch.compiler.disable
 def _regions(pattern: Any, length: int, is_causal: bool) -> Regions:
-    plan = pattern if isinstance(pattern, Plan) else pattern.plan(length, is_causal)
+    plan = pattern if isinstance(pattern, Plan | tuple) else pattern.plan(length, is_causal)
     if not isinstance(plan, Plan):
         raise ValueError(f"pattern must make one plan for all heads where the abstraction is learned, got {pattern!r}")
     if plan not in _regions_of_plan:
@@ -156,9 +157,10 @@ class CombinerAttention(nn.Module):
     bias : whether the projections add one.
     batch_first : whether inputs are `[B, L, E]`; else `[L, B, E]`. `[L, E]` is one sequence in either case.
     is_causal : whether a position sees those up to itself only.
-    abstraction : how a region's query and key come from its members': None as the pattern pools, "deepsets" learned by
-        `DeepSets`, or a module called with (query, key, regions, key_mask) like it. Learned ones ask for a pattern with
-        one plan for all heads; torch.compile breaks its graph to make its `Regions`.
+    abstraction : how a region's query and key come from its members': None as the pattern pools; "max", "mean" or "sum"
+        in place of the pattern's pooling; "deepsets", learned by `DeepSets`; or a module called with (query, key,
+        regions, key_mask) like it. Learned ones ask for a pattern with one plan for all heads; torch.compile breaks its
+        graph to make its `Regions`.
     device, dtype : of the parameters.
     """
 
@@ -176,7 +178,7 @@ class CombinerAttention(nn.Module):
         bias: bool = True,
         batch_first: bool = True,
         is_causal: bool = False,
-        abstraction: Literal["deepsets"] | nn.Module | None = None,
+        abstraction: Pooling | Literal["deepsets"] | nn.Module | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -186,6 +188,10 @@ class CombinerAttention(nn.Module):
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         if groups < 1 or num_heads % groups:
             raise ValueError(f"num_heads must be a multiple of num_key_value_heads, got {num_heads} and {groups}")
+        makes_plans = isinstance(pattern, Plan | tuple | nn.Module) or callable(getattr(pattern, "plan", None))
+        if isinstance(pattern, type) or not makes_plans:
+            kind = pattern.__name__ if isinstance(pattern, type) else type(pattern).__name__
+            raise TypeError(f"pattern must be a pattern such as combiner.Fixed(), a Plan or a module, got {kind}")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
         self.embed_dim, self.num_heads, self.num_key_value_heads = embed_dim, num_heads, groups
@@ -198,8 +204,17 @@ class CombinerAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **options)
         if abstraction == "deepsets":
             abstraction = DeepSets(self.head_dim, **options)
+        elif isinstance(abstraction, str):
+            choice_number("abstraction", abstraction, (*POOLINGS[:3], "deepsets"))
+            if not isinstance(pattern, Factorization):
+                raise ValueError(f"abstraction must be None where the pattern has no pooling, got {abstraction!r}")
+            self.pattern, abstraction = dataclasses.replace(pattern, pooling=abstraction), None
         if not (abstraction is None or isinstance(abstraction, nn.Module)):
-            raise ValueError(f"abstraction must be None, 'deepsets' or a module, got {abstraction!r}")
+            raise ValueError(f"abstraction must be None, a pooling, 'deepsets' or a module, got {abstraction!r}")
+        if abstraction is not None and isinstance(pattern, nn.Module):
+            raise ValueError(
+                "abstraction must be None where pattern is a module, whose regions change from call to call"
+            )
         self.abstraction = abstraction
         self.reset_parameters()
 

@@ -311,6 +311,16 @@ __attribute__((visibility("default"))) int cmb_get_num_threads(void); /* threadp
 /* Ends the pool's threads and waits for them; the next call starts new ones. */
 void cmb_stop_threads(void);
 
+/* A host's own threads in place of the pool's, for the calls of this thread until it is given NULL. */
+typedef struct {
+    int threads; /* at most, the calling one included; cmb_get_num_threads says no more than this meanwhile */
+    /* Has task(argument) run once, on any thread, before or after this returns; false where it will not be run. A task
+     * that starts late does nothing: no call waits for one that has not started. */
+    bool (*start)(void *context, void (*task)(void *argument), void *argument);
+    void *context;
+} cmb_scheduler;
+void cmb_use_scheduler(const cmb_scheduler *scheduler);
+
 /* Instruction sets, lowest first: "base", then "avx2", "avx512", "avx512_bf16" or "neon". The highest the machine has
  * is used unless COMBINER_ISA or this call names another; a name in COMBINER_ISA that the machine lacks is ignored. */
 int cmb_isa_count(void);             /* those this machine can run */

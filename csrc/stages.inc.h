@@ -68,7 +68,7 @@ struct cmb_scratch {
     REAL **dkey, **dvalue;               /* [CHUNK] */
     const REAL **grad_in, **key_grad_in; /* [64] dO, and dk_R where weighted */
 
-    /* Rows that are not as the caller stored them: widened, or copied to make pairs; of no size where all are. */
+    /* Rows that are not where and as the caller stored them: widened, padded to pairs, or brought together. */
     REAL *query_row, *grad_row; /* [64][D], [64][Dv] */
     REAL *key_row, *value_row;  /* [CHUNK][D], [CHUNK][Dv] */
     REAL *result_row;           /* [2][Dv] */
@@ -114,9 +114,9 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
     s.keep = cmb_take(arena, dropout ? CHUNK * WIDEST : 0, r);
     s.pool_query = cmb_take(arena, n, d * r);
     s.pool_key = cmb_take(arena, n, d * r);
-    s.query_row = cmb_take(arena, widens ? WIDEST * d : 0, r);
-    s.key_row = cmb_take(arena, widens ? CHUNK * d : 0, r);
-    s.value_row = cmb_take(arena, widens ? CHUNK * dv : 0, r);
+    s.query_row = cmb_take(arena, WIDEST * d, r);
+    s.key_row = cmb_take(arena, CHUNK * d, r);
+    s.value_row = cmb_take(arena, CHUNK * dv, r);
     s.child_row = cmb_take(arena, widens ? c : 0, d * r);
     s.count = cmb_take(arena, n, sizeof(int32_t));
     s.pick = cmb_take(arena, n, sizeof(int32_t));
@@ -133,7 +133,7 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
         s.pool_query_grad = cmb_take(arena, n, d * r);
         s.pool_key_grad = cmb_take(arena, n, d * r);
         s.child_grad = cmb_take(arena, c, p);
-        s.grad_row = cmb_take(arena, widens ? WIDEST * dv : 0, r);
+        s.grad_row = cmb_take(arena, WIDEST * dv, r);
         s.result_row = cmb_take(arena, widens ? 2 * dv : 0, r);
     }
     if (half && half->product) {
@@ -430,6 +430,11 @@ typedef struct {
     int rows;          /* of that chunk */
 } tile_state;
 
+/* Numbers in an element, and elements that hold so many numbers. */
+static inline int each(const tile_state *t) { return t->paired ? 2 : 1; }
+
+static inline int elements(const tile_state *t, int64_t numbers) { return (int)((numbers + each(t) - 1) / each(t)); }
+
 static tile_state begin_tile(const cmb_head *head, const cmb_tile *tile, const cmb_scratch *w) {
     tile_state t = {.tile = tile, .n = tile->query.count, .run = tile->run};
     t.regions = element(head->plan, tile->query, 0) >= head->L;
@@ -449,9 +454,18 @@ static inline int live_lane(const tile_state *t, int lane) {
     return t->all >> lane & 1 ? lane : __builtin_ctzll(t->all);
 }
 
+/* Whether a tile does better with copies side by side: rows of a column, or of one head among others, lie a power of
+ * two apart, so that they share few of a cache's sets, and each has its own page. Narrow tiles use a row too few times.
+ */
+static inline bool is_scattered(const cmb_tile *tile, cmb_list list, cmb_rows rows, int64_t dim) {
+    return tile->width > CMB_GROUP && (list.step > 1 || rows.row != dim);
+}
+
 /* A row of the tile as its products take it, made in `copy` where it is not so already. */
-static inline const REAL *operand(const tile_state *t, table_row row, int64_t dim, REAL *copy, const cmb_scratch *w) {
-    return t->paired ? in_pairs(row, dim, copy, w) : numbers(row, dim, copy, w);
+static inline const REAL *operand(const tile_state *t, table_row row, int64_t dim, bool scattered, REAL *copy,
+                                  const cmb_scratch *w) {
+    const REAL *it = t->paired ? in_pairs(row, dim, copy, w) : numbers(row, dim, copy, w);
+    return scattered && it != copy ? memcpy(copy, it, (size_t)elements(t, dim) * sizeof *it) : it;
 }
 
 /* The next rows, up to CHUNK of them: pointers, lanes and biases. Rows that are masked or empty are left out. */
@@ -463,6 +477,8 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
     for (; t->run < t->tile[1].run && n < CHUNK; t->run++, t->next = 0) {
         const cmb_run *run = &plan->run[t->run];
         const uint64_t *mask = run->mask < 0 ? NULL : plan->mask + run->mask;
+        const bool far_keys = is_scattered(t->tile, run->row, head->key, head->D);
+        const bool far_values = is_scattered(t->tile, run->row, head->value, head->Dv);
         const bool keys = run->row.step && run->row.start < head->L &&
                           run->row.start + run->row.step * (run->row.count - 1) < head->L;
         if (keys && head->all_live) { /* the usual run, without a question per row */
@@ -471,8 +487,8 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
             for (int i = 0; i < taken; i++) {
                 const int64_t y = x + run->row.step * i;
                 REAL *key = w->key_row + (n + i) * head->D, *value = w->value_row + (n + i) * head->Dv;
-                w->key[n + i] = operand(t, stored_row(head->key, y), head->D, key, w);
-                w->value[n + i] = operand(t, stored_row(head->value, y), head->Dv, value, w);
+                w->key[n + i] = operand(t, stored_row(head->key, y), head->D, far_keys, key, w);
+                w->value[n + i] = operand(t, stored_row(head->value, y), head->Dv, far_values, value, w);
                 w->bias[n + i] = 0;
                 w->row[n + i] = (uint32_t)y;
                 w->lanes[n + i] = mask ? mask[t->next + i] & t->all : t->all;
@@ -489,8 +505,8 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
                 if (!live(head, x))
                     continue;
                 const int64_t r = x - head->L;
-                w->key[n] = operand(t, key_row(head, x), head->D, w->key_row + n * head->D, w);
-                w->value[n] = operand(t, value_row(head, x), head->Dv, w->value_row + n * head->Dv, w);
+                w->key[n] = operand(t, key_row(head, x), head->D, far_keys, w->key_row + n * head->D, w);
+                w->value[n] = operand(t, value_row(head, x), head->Dv, far_values, w->value_row + n * head->Dv, w);
                 w->row[n] = (uint32_t)x;
                 w->bias[n] = plan->size_bias && r >= 0 ? log2((double)head->count[r]) : 0;
                 w->lanes[n] = mask ? mask[t->next] & t->all : t->all;
@@ -570,11 +586,6 @@ static inline void product(const tile_state *t, int64_t m, int64_t n, int64_t k,
     else
         w->kernel->product(m, n, k, a, a_step, b, c, column, add);
 }
-
-/* Numbers in an element, and elements that hold so many numbers. */
-static inline int each(const tile_state *t) { return t->paired ? 2 : 1; }
-
-static inline int elements(const tile_state *t, int64_t numbers) { return (int)((numbers + each(t) - 1) / each(t)); }
 
 /* Lanes side by side, feature by feature; pairs are not scaled. */
 static void pack(const tile_state *t, const REAL *const *lane_row, int64_t dim, REAL scale, REAL *packed,
@@ -787,7 +798,7 @@ static void lane_tile(const cmb_head *head, const cmb_tile *tile, bool exact, cm
         return;
     for (int lane = 0; lane < t.n; lane++) {
         const table_row query = query_row(head, element(head->plan, tile->query, live_lane(&t, lane)));
-        w->lane_in[lane] = operand(&t, query, head->D, w->query_row + lane * head->D, w);
+        w->lane_in[lane] = operand(&t, query, head->D, false, w->query_row + lane * head->D, w);
         w->lane_out[lane] = w->sum + lane * dim;
         resume(head, &t, lane, m + lane, l + lane, w->lane_out[lane], &seen);
         started |= l[lane] > 0;
@@ -941,8 +952,10 @@ static bool begin_lane(const cmb_head *head, const tile_state *t, int lane, REAL
     *lse2 = *delta = 0;
     const table_row query = query_row(head, element(head->plan, t->tile->query, live_lane(t, lane)));
     const table_row grad = r < 0 ? stored_row(head->grad.out, x) : number_row(sum_at(head->grad.region_value, r));
-    w->lane_in[lane] = operand(t, query, head->D, w->query_row + lane * head->D, w);
-    w->grad_in[lane] = operand(t, grad, head->Dv, w->grad_row + lane * head->Dv, w);
+    const bool far_query = is_scattered(t->tile, t->tile->query, head->query, head->D);
+    const bool far_grad = is_scattered(t->tile, t->tile->query, head->grad.out, head->Dv);
+    w->lane_in[lane] = operand(t, query, head->D, far_query, w->query_row + lane * head->D, w);
+    w->grad_in[lane] = operand(t, grad, head->Dv, far_grad, w->grad_row + lane * head->Dv, w);
     w->lane_out[lane] = r < 0 ? sum_at(head->grad.query, x) : sum_at(head->grad.region_query, r);
     w->key_grad_in[lane] = t->weighted ? sum_at(head->grad.region_key, r) : NULL;
     if (lse == -infinity)

@@ -8,6 +8,9 @@
  * the pool taken, a nested call included, runs its own job alone: nobody ever waits for another job, so
  * there is no deadlock to find. The caller takes indices like any worker and never waits for one that has
  * not joined.
+ *
+ * A host's own threads are asked for each job by an invitation, which outlives the job: whoever comes too late
+ * finds it void. Such jobs do not take the pool, so that any number of them run at a time.
  */
 #include "cpu.h"
 #include "runtime.h"
@@ -47,7 +50,11 @@ static int default_count(void) {
     return count < MAX_THREADS ? count : MAX_THREADS;
 }
 
-int cmb_get_num_threads(void) {
+static _Thread_local const cmb_scheduler *host; /* NULL: the pool */
+
+void cmb_use_scheduler(const cmb_scheduler *scheduler) { host = scheduler; }
+
+static int configured_count(void) {
     int count = atomic_load_explicit(&threads_chosen, memory_order_relaxed);
     if (count == 0)
         count = atomic_load_explicit(&threads_default, memory_order_relaxed);
@@ -56,6 +63,11 @@ int cmb_get_num_threads(void) {
         atomic_store_explicit(&threads_default, count, memory_order_relaxed);
     }
     return count;
+}
+
+int cmb_get_num_threads(void) {
+    const int count = configured_count();
+    return host && host->threads < count ? host->threads : count;
 }
 
 cmb_status cmb_set_num_threads(int64_t count, cmb_error *error) {
@@ -210,6 +222,15 @@ static void spin_until(atomic_uint *value, unsigned wanted) {
     } while (cmb_now() < end);
 }
 
+/* Joined under the mutex, left here; from then on *work may be gone. */
+static void work_and_leave(job *work, int worker) {
+    run_job(work, worker);
+    pthread_mutex_lock(&pool.mutex);
+    if (atomic_fetch_sub(&work->joined, 1) == 1)
+        pthread_cond_broadcast(&pool.done);
+    pthread_mutex_unlock(&pool.mutex);
+}
+
 static void *run_worker(void *argument) {
     const int worker = (int)(intptr_t)argument;
     unsigned seen = 0;
@@ -229,11 +250,7 @@ static void *run_worker(void *argument) {
             continue;
         atomic_fetch_add(&work->joined, 1);
         pthread_mutex_unlock(&pool.mutex);
-        run_job(work, worker);
-        pthread_mutex_lock(&pool.mutex);
-        if (atomic_fetch_sub(&work->joined, 1) == 1)
-            pthread_cond_broadcast(&pool.done);
-        pthread_mutex_unlock(&pool.mutex); /* from here on *work may be gone */
+        work_and_leave(work, worker);
         spin_until(&pool.posted, seen + 1);
         pthread_mutex_lock(&pool.mutex);
     }
@@ -296,14 +313,75 @@ static void await_job(job *work) {
     pthread_mutex_unlock(&pool.mutex);
 }
 
+/* ---- a host's threads --------------------------------------------------------------------------- */
+
+typedef struct {
+    job *work;   /* NULL: too late */
+    int arrived; /* so far; the number of the last */
+    int holders; /* the caller and the tasks not yet run; all three change under the mutex */
+} invitation;
+
+static void drop_invitation(invitation *it) {
+    pthread_mutex_lock(&pool.mutex);
+    const bool last = --it->holders == 0;
+    pthread_mutex_unlock(&pool.mutex);
+    if (last)
+        free(it);
+}
+
+static void follow_invitation(void *argument) {
+    invitation *it = argument;
+    pthread_mutex_lock(&pool.mutex);
+    job *work = it->work;
+    const int worker = work ? ++it->arrived : 0;
+    if (work)
+        atomic_fetch_add(&work->joined, 1);
+    pthread_mutex_unlock(&pool.mutex);
+    if (work) {
+        const uint64_t mode = float_mode_default();
+        work_and_leave(work, worker);
+        float_mode_restore(mode);
+    }
+    drop_invitation(it);
+}
+
+/* NULL where the caller is to work alone. */
+static invitation *invite(job *work) {
+    invitation *it = malloc(sizeof *it);
+    if (!it)
+        return NULL;
+    *it = (invitation){.work = work, .holders = work->workers};
+    lock_pool();
+    const bool usable = pool.usable;
+    pthread_mutex_unlock(&pool.mutex);
+    for (int n = 1; n < work->workers; n++)
+        if (!usable || !host->start(host->context, follow_invitation, it))
+            drop_invitation(it);
+    return it;
+}
+
+static void end_invitation(invitation *it) {
+    pthread_mutex_lock(&pool.mutex);
+    job *work = it->work;
+    it->work = NULL;
+    pthread_mutex_unlock(&pool.mutex);
+    await_job(work);
+    drop_invitation(it);
+}
+
+/* ---- jobs --------------------------------------------------------------------------------------- */
+
 void cmb_parallel_for(int64_t count, int workers, cmb_body body, void *context, cmb_cancel *cancel) {
     job work = {.count = count, .body = body, .context = context, .cancel = cancel};
     work.workers = workers < MAX_THREADS ? workers : MAX_THREADS;
     if (work.workers > count)
         work.workers = (int)count;
     const uint64_t mode = float_mode_default();
-    const bool posted = work.workers > 1 && post_job(&work);
+    invitation *invited = work.workers > 1 && host ? invite(&work) : NULL;
+    const bool posted = work.workers > 1 && !host && post_job(&work);
     run_job(&work, 0);
+    if (invited)
+        end_invitation(invited);
     if (posted)
         await_job(&work);
     float_mode_restore(mode);

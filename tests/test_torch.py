@@ -51,8 +51,8 @@ PATTERNS = [
 ]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{type(p).__name__}-{str(p)[:30]}")
 compiled = {"fullgraph": True, "backend": "aot_eager"}
-# torch.compile asks it of what comes in after a break of its graph.
-after_a_break = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+# torch.compile and opcheck ask it of what they are given.
+quiet = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 @pytest.fixture(autouse=True)
@@ -308,6 +308,7 @@ def operands(pattern, **options):
     return *given, options.get("dropout_p", 0.0), seed
 
 
+@quiet
 @pytest.mark.parametrize("dropout_p", (0.0, 0.3))
 @pytest.mark.parametrize("pattern", (Fixed(8), PATTERNS[-1], PATTERNS[7], PATTERNS[8]), ids=lambda p: type(p).__name__)
 def test_opcheck(pattern, dropout_p):
@@ -461,6 +462,21 @@ def test_vmap_of_clusters_and_sequences():
     assert torch.equal(torch.vmap(f)(q, k, v, clusters, cu_seqlens), expected)
 
 
+@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+def test_gradients_through_vmap(dropout_p):
+    q, k, v = tensors((3, 2, L, 4), (2, L, 4), (3, 2, L, 4))
+
+    def f(q, k, v):
+        return ct.attention(q, k, v, Fixed(8), dropout_p=dropout_p, seed=3)
+
+    out = torch.vmap(f, in_dims=(0, None, 0))(q, k, v)
+    expected = torch.stack([f(q[n], k, v[n]) for n in range(3)])
+    assert torch.equal(out, expected)
+    g = torch.randn_like(out)
+    actual, expected = (torch.autograd.grad(x, (q, k, v), g) for x in (out, expected))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("lead", ((), (2,), (2, 2)))
 def test_vmap_of_the_backward_operator(lead):
     given = operands(Fixed(8))
@@ -509,7 +525,7 @@ def test_gradcheck_of_the_stages():
     torch.autograd.gradcheck(lambda *x: ct.attend(*x, Fixed(4), is_causal=True), (q, k, v, rk, h))
 
 
-@after_a_break
+@quiet
 def test_stages_in_compiled_code():
     inputs = tensors((2, L, 4), (2, L, 4), (2, L, 4))
 
@@ -674,6 +690,12 @@ def test_deep_sets(pattern):
     torch.testing.assert_close(without, attention(x, key_padding_mask=torch.zeros_like(ignored))[0])
 
 
+@pytest.mark.parametrize("pooling", ("max", "mean", "sum"))
+def test_a_pooling_for_an_abstraction(pooling):
+    attention = module(Fixed(8), abstraction=pooling)
+    assert attention.abstraction is None and attention.pattern == Fixed(8, pooling=pooling)
+
+
 def test_a_module_of_ones_own_for_an_abstraction():
     class Maximum(torch.nn.Module):
         """What pooling="max" does."""
@@ -747,7 +769,7 @@ def build(kind):
     return module(Fixed(8), abstraction="deepsets" if kind == "deepsets" else None, dropout=0.1, **options)
 
 
-@after_a_break
+@quiet
 @pytest.mark.parametrize("kind", ("pooled", "deepsets", "routing"))
 def test_module_life(kind):
     """state_dict, copies, compiled and exported code."""
@@ -820,7 +842,14 @@ def test_module_arguments():
         lambda: module(Fixed(8), num_key_value_heads=3),
     )
     refuses(ValueError, "dropout must be between 0 and 1, got 2", lambda: module(Fixed(8), dropout=2))
-    refuses(ValueError, "abstraction must be None, 'deepsets' or a module", lambda: module(Fixed(8), abstraction="max"))
+    refuses(ValueError, "abstraction must be one of 'max', 'mean'", lambda: module(Fixed(8), abstraction="median"))
+    refuses(ValueError, "abstraction must be None, a pooling", lambda: module(Fixed(8), abstraction=3))
+    mixture = Mixture(Fixed(8))
+    refuses(ValueError, "abstraction must be None where the pattern has", lambda: module(mixture, abstraction="max"))
+    refuses(TypeError, r"pattern must be a pattern such as .* got str", lambda: module("fixed"))
+    refuses(TypeError, r"pattern must be a pattern such as .* got Fixed", lambda: module(Fixed))
+    routing = ct.OnlineRouting(5, 4, 6)
+    refuses(ValueError, "abstraction must be None where pattern", lambda: module(routing, abstraction="deepsets"))
     attention = module(Fixed(8), is_causal=True)
     refuses(ValueError, "attn_mask must be None", lambda: attention(x, attn_mask=torch.zeros(L, L)))
     refuses(ValueError, "is_causal must be True or None", lambda: attention(x, is_causal=False))

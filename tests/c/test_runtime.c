@@ -211,6 +211,97 @@ static void stop_threads(void) {
         pthread_join(thread[n], NULL);
 }
 
+/* ---- a host's threads --------------------------------------------------------------------------- */
+
+typedef struct {
+    enum { SPAWN, AT_ONCE, TOO_LATE, REFUSE } manner;
+    int asked;
+    pthread_t thread[16];
+    void (*task[16])(void *argument);
+    void *argument[16];
+} host;
+
+typedef struct {
+    void (*task)(void *argument);
+    void *argument;
+} errand;
+
+static void *run_errand(void *argument) {
+    const errand todo = *(errand *)argument;
+    free(argument);
+    todo.task(todo.argument);
+    return NULL;
+}
+
+static bool start_task(void *context, void (*task)(void *argument), void *argument) {
+    host *it = context;
+    const int n = it->asked++;
+    CHECK(n < 16);
+    if (it->manner == SPAWN) {
+        errand *todo = malloc(sizeof *todo);
+        CHECK(todo);
+        *todo = (errand){task, argument};
+        CHECK(pthread_create(&it->thread[n], NULL, run_errand, todo) == 0);
+    } else if (it->manner == AT_ONCE) {
+        task(argument);
+    }
+    it->task[n] = task;
+    it->argument[n] = argument;
+    return it->manner != REFUSE;
+}
+
+/* One job on up to 5 threads of a host that offers 4; returns the workers that took part. */
+static uint64_t run_hosted(int manner, long nap) {
+    host it = {.manner = manner};
+    const cmb_scheduler scheduler = {.threads = 4, .start = start_task, .context = &it};
+    cmb_use_scheduler(&scheduler);
+    CHECK(cmb_set_num_threads(2, NULL) == CMB_OK && cmb_get_num_threads() == 2);
+    CHECK(cmb_set_num_threads(5, NULL) == CMB_OK && cmb_get_num_threads() == 4);
+    const uint64_t who = run_counted(20, cmb_get_num_threads(), nap);
+    CHECK(run_counted(20, 1, 0) == 1 && it.asked == 3, "one worker asks for no threads");
+    cmb_use_scheduler(NULL);
+    CHECK(cmb_get_num_threads() == 5 && cmb_set_num_threads(0, NULL) == CMB_OK);
+    for (int n = 0; n < it.asked; n++) {
+        if (manner == SPAWN)
+            pthread_join(it.thread[n], NULL);
+        if (manner == TOO_LATE)
+            it.task[n](it.argument[n]); /* the job is gone */
+    }
+    return who;
+}
+
+static void host_threads(void) {
+    CHECK(run_hosted(SPAWN, 20) == 0xf);
+    for (int round = 0; round < 50; round++)
+        run_hosted(SPAWN, 0);
+    CHECK(run_hosted(AT_ONCE, 0) == 2, "the first task has done all before the caller comes to it");
+    CHECK(run_hosted(TOO_LATE, 0) == 1);
+    CHECK(run_hosted(REFUSE, 0) == 1);
+}
+
+static void *host_often(void *argument) {
+    (void)argument;
+    for (int round = 0; round < 20; round++) {
+        host it = {.manner = SPAWN};
+        const cmb_scheduler scheduler = {.threads = 3, .start = start_task, .context = &it};
+        cmb_use_scheduler(&scheduler);
+        run_counted(50, 3, 0);
+        for (int n = 0; n < it.asked; n++)
+            pthread_join(it.thread[n], NULL);
+    }
+    return NULL;
+}
+
+/* Each caller has threads of its own, and the pool another job meanwhile. */
+static void many_hosts(void) {
+    pthread_t caller[4];
+    for (int n = 0; n < 4; n++)
+        CHECK(pthread_create(&caller[n], NULL, host_often, NULL) == 0);
+    CHECK(run_counted(8, 4, 20) == 0xf);
+    for (int n = 0; n < 4; n++)
+        pthread_join(caller[n], NULL);
+}
+
 /* ---- cancelling --------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -647,6 +738,8 @@ int main(int argc, char **argv) {
         TEST(nested),
         TEST(many_callers),
         TEST(stop_threads),
+        TEST(host_threads),
+        TEST(many_hosts),
         TEST(cancel_stops),
         TEST(poll_may_stop_threads),
         TEST(no_poll),
