@@ -17,7 +17,7 @@ import threadpoolctl
 from . import _core, process
 
 
-class CombinerController(threadpoolctl.LibController):  # type: ignore[misc]
+class CombinerController(threadpoolctl.LibController):
     """What threadpoolctl asks of a library: the number of threads, for the whole process, and the version."""
 
     user_api = internal_api = "combiner"

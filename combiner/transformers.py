@@ -134,7 +134,7 @@ def _parts(mask_function: Callable[..., Any]) -> Iterator[tuple[str, Tensor | No
 # ---- caches
 
 
-class CombinerLayer(DynamicLayer):  # type: ignore[misc, no-untyped-call]
+class CombinerLayer(DynamicLayer):
     """A layer of a dynamic cache, which keeps what generation with combiner attends.
 
     The first tokens leave their queries here, in `queries`, beside keys and values. When others follow, a Decoder for
@@ -154,6 +154,7 @@ class CombinerLayer(DynamicLayer):  # type: ignore[misc, no-untyped-call]
         return layer and layer()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys: Any
         if self._decoders is None:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
         else:
@@ -161,7 +162,7 @@ class CombinerLayer(DynamicLayer):  # type: ignore[misc, no-untyped-call]
             self._new = key_states, value_states
             nan = key_states.new_tensor(torch.nan)
             keys, values = (nan.expand(*x.shape[:-2], self._length, x.shape[-1]) for x in self._new)
-        keys.cache_layer = weakref.ref(self)  # type: ignore[attr-defined]
+        keys.cache_layer = weakref.ref(self)
         return keys, values
 
     def step(
