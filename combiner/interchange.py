@@ -33,10 +33,11 @@ def any_library(function: Callable[P, T]) -> Callable[P, T]:
     ValueError : an array on another device.
     """
     signature = inspect.signature(function)
+    numpy_array = np.ndarray  # a name of the function's own is found sooner
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if args and type(args[0]) is np.ndarray:
+        if args and type(args[0]) is numpy_array:
             return function(*args, **kwargs)
         if not any(map(_is_foreign, args)) and not any(map(_is_foreign, kwargs.values())):
             return function(*args, **kwargs)
