@@ -25,8 +25,8 @@ setup(
                 ("BUILD_NUMPY_VERSION", f'"{numpy.__version__}"'),
                 *([("Py_LIMITED_API", "0x030B0000")] if LIMITED else []),
             ],
-            # The instruction sets beyond the baseline are chosen by pragmas in their own files. Only PyInit__core is
-            # exported.
+            # The instruction sets beyond the baseline are chosen by pragmas in their own files. Only PyInit__core and
+            # cmb_get_num_threads are exported.
             extra_compile_args=["-std=gnu11", "-O3", "-fvisibility=hidden"],
             libraries=["m", "pthread"],
             py_limited_api=LIMITED,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Combiner: full attention at sub-quadratic cost, for the CPU (Ren et al., NeurIPS 2021, arXiv 2107.05768)."""
 
+import sys
+
 from . import _core
 from .clustering import assign_clusters, cluster, fit_centroids, update_centroids
 from .decode import Decoder
@@ -24,6 +26,9 @@ from .functional import (
 from .patterns import Axial, AxialMixture, Dense, Fixed, LogSparse, Mixture, Routing, Tree
 from .plan import Plan
 from .process import get_num_threads, info, num_threads, release_memory, set_isa, set_num_threads
+
+if "threadpoolctl" in sys.modules:
+    from . import threadpoolctl as threadpoolctl
 
 __version__ = _core.VERSION
 

@@ -606,7 +606,8 @@ static void *hold(call *c, void *object, const char *name) {
     return object;
 }
 
-/* `object` as an ndarray, not a subclass: what numpy.asarray makes of it, lists and masked arrays refused. */
+/* `object` as an ndarray, not a subclass: what numpy.asarray makes of it; lists, masked arrays and other libraries'
+ * arrays are refused, which interchange.py takes where all are alike. */
 static PyArrayObject *to_array(PyObject *object, const char *name, const char *expected) {
     if (PyArray_CheckExact(object)) {
         Py_INCREF(object);
@@ -624,7 +625,7 @@ static PyArrayObject *to_array(PyObject *object, const char *name, const char *e
         if (PyErr_Occurred())
             return NULL;
     } else
-        is_refused = !PyObject_HasAttrString(object, "__array__");
+        is_refused = !PyObject_HasAttrString(object, "__array__") || PyObject_HasAttrString(object, "__dlpack__");
     if (is_refused) {
         raise_type(name, expected, object);
         return NULL;

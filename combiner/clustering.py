@@ -19,9 +19,11 @@ batch that it trains on. Letters: L rows, D features, n clusters. What every fun
 from __future__ import annotations
 
 from . import _core
+from .interchange import any_library
 from .plan import Array, as_integer, is_real, widened
 
 
+@any_library
 def cluster(x: Array, n: int, *, iterations: int = 10, balanced: bool = False, seed: int = 0) -> Array:
     """The clusters of the rows of x by spherical k-means: what `Routing` takes.
 
@@ -53,6 +55,7 @@ def cluster(x: Array, n: int, *, iterations: int = 10, balanced: bool = False, s
     return _core.cluster(_wide(x), *numbers, balanced, False)
 
 
+@any_library
 def fit_centroids(x: Array, n: int, *, iterations: int = 10, seed: int = 0) -> Array:
     """The centroids of spherical k-means: unit vectors, each the direction of the sum of its rows' directions.
 
@@ -81,6 +84,7 @@ def fit_centroids(x: Array, n: int, *, iterations: int = 10, seed: int = 0) -> A
     return _core.cluster(_wide(x), *numbers, False, True)
 
 
+@any_library
 def assign_clusters(x: Array, centroids: Array, *, balanced: bool = False) -> Array:
     """The cluster of each row: that of the most similar centroid, of equals the first.
 
@@ -110,6 +114,7 @@ def assign_clusters(x: Array, centroids: Array, *, balanced: bool = False) -> Ar
     return _core.assign(_wide(x), _wide(centroids), balanced)
 
 
+@any_library
 def update_centroids(centroids: Array, x: Array, clusters: Array, *, decay: float = 0.999) -> Array:
     """The centroids one step of online k-means later, as the Routing Transformer trains them.
 

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from .functional import Summary, attend, summarize
+from .interchange import any_library
 from .patterns import AnyPattern, Axial, AxialMixture, Dense, Factorization, Fixed, LogSparse, Sparse, Tree
 from .plan import REAL_ARRAY, Array, Plan
 
@@ -494,6 +495,7 @@ class Decoder:
         """What was given."""
         return self._pattern
 
+    @any_library
     def prefill(self, query: Array, key: Array, value: Array) -> Array:
         """The first tokens, all at once: what `attention` gives for them, with its bits, at its cost.
 
@@ -527,6 +529,7 @@ class Decoder:
         self._length = q.shape[-2]
         return out.reshape(*given[0].shape[:-1], v.shape[-1])
 
+    @any_library
     def step(self, query: Array, key: Array, value: Array) -> Array:
         """The next tokens: their keys and values join the sequence, their queries attend it up to themselves.
 

@@ -10,6 +10,8 @@ key, Dv of value, R regions of the plan. What every function here has in common:
   axis is contiguous. Inputs are never written.
 - Their dtypes are float32, float64, float16 or bfloat16 (of the package ml_dtypes), never mixed; results are of the
   inputs' dtype. With the 16-bit ones sums and softmaxes are float32, and so is every lse.
+- Arrays are NumPy's or, all alike, another library's on the CPU (PyTorch's, JAX's, any with DLPack): these are taken
+  without a copy too, and results are of the same library. For gradients and tracing there are the adapters.
 - Functions may be called from any thread at once and release the GIL. Ctrl-C ends a call within 0.1 s. Results have
   the same bits for any number of threads, batch or head composition and memory layout.
 - TypeError: an argument of the wrong kind or dtype. ValueError: a wrong shape or value. OverflowError, MemoryError:
@@ -26,6 +28,7 @@ import numpy.typing as npt
 
 from . import calls
 from .calls import ATTEND, BOTH, SUMMARIZE, Inputs, Saved
+from .interchange import any_library
 from .patterns import AnyPattern, Mixture
 from .plan import REAL_ARRAY, Array, is_real, widened
 
@@ -103,6 +106,7 @@ def attention(
     out: Array | None = None,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Array, Array]: ...
+@any_library
 def attention(
     query: Array,
     key: Array,
@@ -165,6 +169,7 @@ def attention(
     return calls.mean_forward(inputs, out=out)[0]
 
 
+@any_library
 def attention_forward(
     query: Array,
     key: Array,
@@ -198,6 +203,7 @@ def attention_forward(
     return done[0], saved
 
 
+@any_library
 def attention_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = None) -> Gradients:
     """Gradients of sum(out * grad_out) + sum(lse * grad_lse), the exact derivatives of `attention`.
 
@@ -222,6 +228,7 @@ def attention_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None 
     return Gradients(*calls.mean_backward(function, saved, grad_out))  # type: ignore[arg-type]
 
 
+@any_library
 def workspace_bytes(
     query: Array,
     key: Array,
@@ -283,6 +290,7 @@ def summarize(
     )[0]
 
 
+@any_library
 def summarize_forward(
     query: Array,
     key: Array,
@@ -302,6 +310,7 @@ def summarize_forward(
     return Summary(*done[2:5]), saved
 
 
+@any_library
 def summarize_backward(grad_summary_key: Array | None, grad_summary_value: Array | None, saved: Saved) -> Gradients:
     """Gradients of sum(summary.key * grad_summary_key) + sum(summary.value * grad_summary_value).
 
@@ -340,6 +349,7 @@ def attend(
     out: Array | None = None,
     **options: Unpack[AttendOptions],
 ) -> tuple[Array, Array]: ...
+@any_library
 def attend(
     query: Array,
     key: Array,
@@ -376,6 +386,7 @@ def attend(
     return done[:2] if return_lse else done[0]
 
 
+@any_library
 def attend_forward(
     query: Array,
     key: Array,
@@ -400,6 +411,7 @@ def attend_forward(
     return done[0], saved
 
 
+@any_library
 def attend_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = None) -> AttendGradients:
     """Gradients of sum(out * grad_out) + sum(lse * grad_lse) through stage 2.
 
@@ -413,6 +425,7 @@ def attend_backward(grad_out: Array, saved: Saved, *, grad_lse: Array | None = N
     return AttendGradients(*done[:3], *done[5:])
 
 
+@any_library
 def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
     """One softmax over two sets of parts, from the results over each: (out, lse).
 
@@ -444,6 +457,7 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
     return out.astype(out_a.dtype, copy=False), lse
 
 
+@any_library
 def attention_weights(
     query: Array,
     key: Array,

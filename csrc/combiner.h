@@ -307,7 +307,7 @@ cmb_status cmb_update_centroids(const cmb_clustering *problem, double decay, con
 /* Threads a call may use, this one included. The default is COMBINER_NUM_THREADS, else OMP_NUM_THREADS,
  * else the processors this process may run on, capped by its cgroup's quota. count == 0 restores it. */
 cmb_status cmb_set_num_threads(int64_t count, cmb_error *error);
-int cmb_get_num_threads(void);
+__attribute__((visibility("default"))) int cmb_get_num_threads(void); /* threadpoolctl knows the library by it */
 /* Ends the pool's threads and waits for them; the next call starts new ones. */
 void cmb_stop_threads(void);
 
