@@ -22,6 +22,8 @@ from .calls import Saved
 from .functional import (
     attend_backward,
     attend_forward,
+    attention_backward,
+    attention_forward,
     merge,
     summarize_backward,
     summarize_forward,
@@ -113,8 +115,11 @@ def _forward(
         own_query, of_own_query = _pool(q, layout.own)
         sent.append(own_query)
     arriving = ranks.gather(*(x[..., -layout.rows :, :] for x in sent))
-    near_key, near_value = (x[..., : layout.near.region_count, :] for x in (own.key, own.value))
-    out, of_near = attend_forward(q, k, v, near_key, near_value, layout.near, scale=scale)
+    if layout.is_flat:
+        out, of_near = attention_forward(q, k, v, layout.near, scale=scale)
+    else:
+        near_key, near_value = (x[..., : layout.near.region_count, :] for x in (own.key, own.value))
+        out, of_near = attend_forward(q, k, v, near_key, near_value, layout.near, scale=scale)
     rows = arriving()
     key, value = rows[:2]
     if layout.has_blocks:
@@ -137,11 +142,12 @@ def _forward(
             *d_rows, dk, dv = to_rows(*d_rows)
             found.append((None, dk, dv))
         arriving = ranks.give_back(*d_rows)
-        *of_positions, d_key, d_value = attend_backward(grad_out, of_near)
-        found.append(of_positions)
+        dq, dk, dv, *d_near = (attention_backward if layout.is_flat else attend_backward)(grad_out, of_near)
+        found.append((dq, dk, dv))
         d_own = [_last_rows(x, layout.own.region_count) for x in arriving()]
-        d_own[0][..., : layout.near.region_count, :] += d_key
-        d_own[1][..., : layout.near.region_count, :] += d_value
+        if not layout.is_flat:
+            for whole, part in zip(d_own, d_near, strict=False):  # of keys and values
+                whole[..., : layout.near.region_count, :] += part
         found.append(summarize_backward(d_own[0], d_own[1], of_own)[:3])
         if layout.has_blocks:
             found.append((summarize_backward(d_own[2], None, of_own_query).key, None, None))

@@ -59,8 +59,11 @@ def attention(
     layout = layouts[0]
     gather = functools.partial(jax.lax.all_gather, axis_name=axis_name, axis=-2, tiled=True)
     own = summarize(query, key, value, layout.own, scale=scale)
-    own_key, own_value = (x[..., : layout.near.region_count, :] for x in own[:2])
-    near, near_lse = attend(query, key, value, own_key, own_value, layout.near, scale=scale, return_lse=True)
+    if layout.is_flat:
+        near, near_lse = attention_of_one(query, key, value, layout.near, scale=scale, return_lse=True)
+    else:
+        own_key, own_value = (x[..., : layout.near.region_count, :] for x in own[:2])
+        near, near_lse = attend(query, key, value, own_key, own_value, layout.near, scale=scale, return_lse=True)
     rows = [gather(x[..., -layout.rows :, :]) for x in (own.key, own.value)]
     if layout.has_blocks:
         own_query = _pool(query, layout.own)[..., -layout.rows :, :]

@@ -23,12 +23,13 @@ class Layout(NamedTuple):
     """A pattern on P shards of n positions, as one rank has it."""
 
     near: Plan  # every query attends its shard
-    own: Plan  # summarizes the regions of `near`, its first, and those that are sent, its last
+    own: Plan  # summarizes regions that are sent, its last; before them, where not flat, those of `near`
     rows: int  # that are sent
+    is_flat: bool  # whether blocks of shards summarize positions, not shards
     far: Plan | None  # and what other ranks sent, and blocks of that; None where there is nothing
     coarse: Plan  # the pattern of P ranks: its positions are shards, its regions blocks of shards
     held: Array  # [P, U]: the blocks that each rank is in
-    shard: Plan | None  # summarizes all positions for each of these; None where blocks summarize shards
+    shard: Plan | None  # where flat, summarizes all positions for each of these; None where there are none
 
     @property
     def has_blocks(self) -> bool:
@@ -55,16 +56,16 @@ def _lay_out(pattern: Factorization, n: int, ranks: int, rank: int, is_causal: b
     match pattern:
         case Fixed(span=int(span)) if n and n % span == 0:
             unit = span
-            own = _node_plan(n, (span,), is_flat, is_causal, pattern)
+            own = _node_plan(n, (span,), pattern)
         case Axial(width=int(width), order="rowmajor") if n and n % width == 0:
             unit = stride = width
             own = _row_plan(n, width, pattern)
         case LogSparse(hierarchical=is_nested) if n and n & (n - 1) == 0:
             unit, is_flat, of_ranks = n, not is_nested, pattern
-            own = _node_plan(n, _powers(2, n), is_flat, is_causal, pattern)
+            own = _node_plan(n, _powers(2, n) if is_nested else (n,), pattern)
         case Tree(branching=b, levels=levels) if n and (level := _level(b, levels, n)) is not None:
             unit = b**level
-            own = _node_plan(n, _powers(b, unit), is_flat, is_causal, pattern)
+            own = _node_plan(n, _powers(b, unit), pattern)
             if level != levels:
                 of_ranks = replace(pattern, levels=None if levels is None else levels - level)
         case _:
@@ -74,7 +75,7 @@ def _lay_out(pattern: Factorization, n: int, ranks: int, rank: int, is_causal: b
     far = _far_plan(n, coarse, rank, rows, unit, stride, pattern.size_bias)
     held = np.array([[u for u, below in enumerate(coarse.regions) if r in below] for r in range(ranks)], np.int64)
     shard = _shard_plan(n, held.shape[1]) if is_flat and held.size else None
-    return Layout(pattern.plan(n, is_causal), own, rows, far, coarse, held, shard)
+    return Layout(pattern.plan(n, is_causal), own, rows, is_flat, far, coarse, held, shard)
 
 
 def _level(branching: int, levels: int | None, n: int) -> int | None:
@@ -218,31 +219,25 @@ def _shard(length: int, ranks: int) -> int:
 # ---- plans
 
 
-def _node_plan(n: int, sizes: tuple[int, ...], is_flat: bool, is_causal: bool, pattern: Factorization) -> Plan:
-    """Regions of these sizes, each size's left to right, of positions if flat, else of regions of the size before.
-
-    All are summarized, but for large flat ones that no query attends: where causal, those that end the region around
-    them.
-    """
+def _node_plan(n: int, sizes: tuple[int, ...], pattern: Factorization) -> Plan:
+    """Regions of these sizes, each size's left to right, of regions of the size before; all summarized."""
     wave, task = [0], [(0, 0)]
     pool: list[tuple[int, ...]] = []
     tile: list[tuple[int, ...]] = []
     run: list[tuple[int, ...]] = []
     mask: list[int] = []
-    row, child, child_size = n, 0, 1  # the first rows of these regions and of the ones before, which are pooled
-    for size, parent in zip(sizes, (*sizes[1:], 2 * n), strict=True):
-        children = size // child_size
-        member, members = (0, size) if is_flat else (child, children)
+    row, child, child_size = n, 0, 1  # the first rows of these regions and of the ones before, of which each has some
+    for size in sizes:
+        members = size // child_size
         group, width, seen = 1, 1, -1
         if members <= 4:  # sixteen regions share a tile, in which each sees its own members
             group, width, seen = 16, 16, len(mask)
             mask += [1 << t for t in range(16) for _ in range(members)]
         for first in range(0, n // size, group):
             queries = min(group, n // size - first)
-            pool += [(row + r, child + r * children, 1, children) for r in range(first, first + queries)]
-            if not (group == 1 and is_flat and is_causal and (first + 1) * size % parent == 0):
-                tile.append((row + first, 1, queries, len(run), width))
-                run.append((member + first * members, 1, queries * members, seen))
+            pool += [(row + r, child + r * members, 1, members) for r in range(first, first + queries)]
+            tile.append((row + first, 1, queries, len(run), width))
+            run.append((child + first * members, 1, queries * members, seen))
             task.append((len(pool), len(tile)))
         wave.append(len(task) - 1)
         row, child, child_size = row + n // size, row, size
