@@ -220,7 +220,7 @@ def _shard(length: int, ranks: int) -> int:
 
 
 def _node_plan(n: int, sizes: tuple[int, ...], pattern: Factorization) -> Plan:
-    """Regions of these sizes, each size's left to right: the first of positions, others of regions before; all summarized."""
+    """Regions of these sizes, each size's left to right, of positions, then of those before; all summarized."""
     wave, task = [0], [(0, 0)]
     pool: list[tuple[int, ...]] = []
     tile: list[tuple[int, ...]] = []
