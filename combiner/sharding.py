@@ -220,13 +220,13 @@ def _shard(length: int, ranks: int) -> int:
 
 
 def _node_plan(n: int, sizes: tuple[int, ...], pattern: Factorization) -> Plan:
-    """Regions of these sizes, each size's left to right, of regions of the size before; all summarized."""
+    """Regions of these sizes, each size's left to right, of positions, then of those before; all summarized."""
     wave, task = [0], [(0, 0)]
     pool: list[tuple[int, ...]] = []
     tile: list[tuple[int, ...]] = []
     run: list[tuple[int, ...]] = []
     mask: list[int] = []
-    row, child, child_size = n, 0, 1  # the first rows of these regions and of the ones before, of which each has some
+    row, child, child_size = n, 0, 1  # first rows of these regions and of those before, their members
     for size in sizes:
         members = size // child_size
         group, width, seen = 1, 1, -1
