@@ -10,7 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("command", [["mypy"], ["mypy.stubtest", "combiner._core"]], ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "command",
+    [["mypy"], ["mypy.stubtest", "--mypy-config-file=pyproject.toml", "combiner._core"]],
+    ids=lambda command: command[0],
+)
 def test_types(command):
     pytest.importorskip("mypy")
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
