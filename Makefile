@@ -18,10 +18,10 @@ build: .venv/installed
 run: build
 	$(BIN)/python examples/train_bytes.py
 
-test: test-c build
+test: test-c .venv/test
 	$(BIN)/python -m pytest
 
-test-slow: build # the sweeps that `make test` leaves out, and every float32 that 2^x takes
+test-slow: .venv/test # the sweeps that `make test` leaves out, and every float32 that 2^x takes
 	$(BIN)/python -m pytest -m slow
 	$(MAKE) $(BUILD)/plain/test_kernels
 	$(BUILD)/plain/test_kernels --exhaustive
@@ -51,11 +51,13 @@ clean:
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python $@ install pip; }
 
 .venv/installed: $(PACKAGE) | .venv/bin/python
-	$(BIN)/python -m pip install -e '.[run,test]'
+	$(BIN)/python -m pip install -e '.[run]'
 	touch $@
 
-.venv/bench .venv/lint: .venv/installed
-	$(BIN)/python -m pip install -e '.[$(@F)]'
+# What else an extra of pyproject.toml asks for, without building the package again.
+.venv/bench .venv/lint .venv/test: .venv/installed
+	$(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	    print(*project["optional-dependencies"]["$(@F)"], sep="\n")' | $(BIN)/python -m pip install -r /dev/stdin
 	touch $@
 
 # The C tests, once plain and once for each sanitizer.

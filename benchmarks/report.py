@@ -191,6 +191,7 @@ def _plans(rows: list[dict[str, Any]]) -> str:
             "of a forward",
             f"MiB at L {lengths[1]}",
             "of query, key, value and out",
+            "16 threads busy",
         ),
         (
             (
@@ -199,6 +200,7 @@ def _plans(rows: list[dict[str, Any]]) -> str:
                 f"{row['build_share']:.1%}",
                 f"{row['nbytes'] / 2**20:.2f}",
                 f"{row['nbytes_share']:.1%}",
+                f"{row['balance']:.0%}" if row.get("balance") else "",
             )
             for row in rows
         ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import heapq
 import importlib.util
 import itertools
 import json
@@ -299,6 +300,28 @@ def plan_bytes(plan: Any) -> int:
     return sum(map(plan_bytes, plan)) if isinstance(plan, tuple) else plan.nbytes
 
 
+MANY_THREADS, IN_FLIGHT = 16, 4  # heads that a forward on so many threads has in flight (engine.c), at L = 16384
+
+
+def balance(plan: Any) -> float:
+    """How busy a forward's threads are on a machine with many, if a pair takes as long as any other.
+
+    Counted, not timed: threads take the tasks of each wave from the last on, and wait for each other between waves.
+    """
+    arrays = plan.arrays
+    tile, run = arrays["tile"], arrays["run"]
+    rows = np.add.reduceat(np.append(run[:, 2], 0), tile[:, 3])[:-1] if len(run) else np.zeros(len(tile) - 1)
+    pairs = np.append(0, np.cumsum(rows * tile[:-1, 4]))
+    cost = np.diff(pairs[arrays["task"][:, 1]])
+    took = 0.0
+    for first, end in itertools.pairwise(arrays["wave"]):
+        threads = [0.0] * MANY_THREADS
+        for each in np.tile(cost[first:end], IN_FLIGHT)[::-1]:
+            heapq.heapreplace(threads, threads[0] + each)
+        took += max(threads)
+    return float(IN_FLIGHT * cost.sum() / (MANY_THREADS * took))
+
+
 def measure_plan(case: Case) -> dict[str, Any]:
     """How long the case's plan takes to make, beside a call with it made; its bytes at four times the length."""
     pattern = case.pattern
@@ -320,6 +343,9 @@ def measure_plan(case: Case) -> dict[str, Any]:
         "long_length": long.length,
         "nbytes": size,
         "nbytes_share": size / arrays,
+        "balance": balance(plan)
+        if isinstance(plan := pattern.plan(case.length, case.is_causal), combiner.Plan)
+        else None,
     }
 
 

@@ -156,6 +156,23 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+/* The best of many runs; `work` in the unit of the figure. */
+#define MEASURE(work, unit, call, ...)                                                                   \
+    do {                                                                                                 \
+        double best_ = 1e9, began_ = seconds();                                                          \
+        char name_[64];                                                                                  \
+        do {                                                                                             \
+            const double start_ = seconds();                                                             \
+            for (int repeat_ = 0; repeat_ < 20; repeat_++) {                                             \
+                call;                                                                                    \
+            }                                                                                            \
+            const double took_ = (seconds() - start_) / 20;                                              \
+            best_ = took_ < best_ ? took_ : best_;                                                       \
+        } while (seconds() - began_ < 0.05);                                                             \
+        snprintf(name_, sizeof name_, __VA_ARGS__);                                                      \
+        printf("  %-44s %10.0f ns %8.2f %s\n", name_, best_ * 1e9, (double)(work) / best_ * 1e-9, unit); \
+    } while (0)
+
 #define PASTE2(a, b) a##_##b
 #define NAME2(a, b) PASTE2(a, b)
 
@@ -512,6 +529,41 @@ static double limit_gflops(const char *isa, bool is_double) {
     return 24 * lanes * (double)rounds / best * 1e-9;
 }
 
+/* The 16-bit rows of a tile of 64 queries, 96 rows and 64 features, and where there are any its products of pairs. */
+static void bench_half(const cmb_half *half, const char *format) {
+    enum { ROWS = 96, DIM = 64, PAIRS = ROWS * DIM / 2 };
+    static uint16_t stored[ROWS * DIM];
+    static float wide[ROWS * DIM], pairs[PAIRS], weights[ROWS / 2 * 64], s[ROWS * 64], out[64 * DIM];
+    static const float *row[ROWS], *packed_row[DIM / 2], *pair_row[ROWS / 2], *lane[64];
+    static float *s_row[ROWS], *out_row[64];
+    for (int i = 0; i < ROWS * DIM; i++)
+        stored[i] = random_bf16();
+    MEASURE(ROWS * DIM, "G/s", half->widen(ROWS * DIM, stored, wide), "%s: widen %d", format, ROWS * DIM);
+    MEASURE(ROWS * DIM, "G/s", half->narrow(ROWS * DIM, wide, stored), "%s: narrow %d", format, ROWS * DIM);
+    if (!half->product)
+        return;
+    MEASURE(PAIRS, "G/s", half->interleave(PAIRS, stored, stored + PAIRS, pairs), "%s: interleave %d", format, PAIRS);
+    MEASURE(PAIRS, "G/s", half->pair(PAIRS, wide, wide + PAIRS, pairs), "%s: pair %d", format, PAIRS);
+    half->pair(ROWS / 2 * 64, wide, wide, weights);
+    for (int i = 0; i < ROWS; i++) {
+        row[i] = pairs + i * DIM / 2;
+        s_row[i] = s + i * 64;
+    }
+    for (int i = 0; i < ROWS / 2; i++)
+        pair_row[i] = pairs + i * DIM;
+    for (int i = 0; i < DIM / 2; i++)
+        packed_row[i] = weights + i * 64;
+    for (int i = 0; i < 64; i++) {
+        lane[i] = weights + i;
+        out_row[i] = out + i * DIM;
+    }
+    const double flops = 2.0 * ROWS * 64 * DIM;
+    MEASURE(flops, "GFLOP/s", half->product(ROWS, 64, DIM / 2, row, 1, packed_row, s_row, 0, false),
+            "%s pairs: S = K Q^T   %d x %d x %d", format, ROWS, 64, DIM);
+    MEASURE(flops, "GFLOP/s", half->product(64, DIM, ROWS / 2, lane, 64, pair_row, out_row, 0, false),
+            "%s pairs: O = P^T V   %d x %d x %d", format, 64, DIM, ROWS);
+}
+
 static void bench(void) {
     for (int is_double = 0; is_double < 2; is_double++)
         for (int isa = 0; isa < cmb_isa_count(); isa++) {
@@ -519,8 +571,11 @@ static void bench(void) {
                    limit_gflops(isas[isa].name, is_double));
             if (is_double)
                 bench_f64(isas[isa].f64);
-            else
+            else {
                 bench_f32(isas[isa].f32);
+                bench_half(isas[isa].bf16, "bf16");
+                bench_half(isas[isa].f16, "f16");
+            }
         }
 }
 

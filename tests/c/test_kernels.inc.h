@@ -657,23 +657,6 @@ static void T(exp2_edges)(void) {
 
 enum { T(CHUNK) = 384 / (int)sizeof(REAL) }; /* rows that a tile takes at a time */
 
-/* The best of many runs; `work` in the unit of the figure. */
-#define MEASURE(work, unit, call, ...)                                                                   \
-    do {                                                                                                 \
-        double best_ = 1e9, began_ = seconds();                                                          \
-        char name_[64];                                                                                  \
-        do {                                                                                             \
-            const double start_ = seconds();                                                             \
-            for (int repeat_ = 0; repeat_ < 20; repeat_++) {                                             \
-                call;                                                                                    \
-            }                                                                                            \
-            const double took_ = (seconds() - start_) / 20;                                              \
-            best_ = took_ < best_ ? took_ : best_;                                                       \
-        } while (seconds() - began_ < 0.05);                                                             \
-        snprintf(name_, sizeof name_, __VA_ARGS__);                                                      \
-        printf("  %-44s %10.0f ns %8.2f %s\n", name_, best_ * 1e9, (double)(work) / best_ * 1e-9, unit); \
-    } while (0)
-
 static void T(bench)(const KERNELS *kernel) {
     enum { ROWS = T(CHUNK), DIM = 64, MOST = 96 };
     static REAL key[MOST * DIM], query[64 * DIM], packed[DIM * 64], s[MOST * 64], dp[MOST * 64], out[64 * DIM];
@@ -757,6 +740,5 @@ static void T(bench)(const KERNELS *kernel) {
     MEASURE(MOST * 64, "G/s", kernel->exp2(MOST * 64, s, dp), "exp2 %d", MOST * 64);
 }
 
-#undef MEASURE
 #undef T
 #undef KERNELS
