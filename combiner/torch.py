@@ -208,7 +208,8 @@ class CombinerAttention(nn.Module):
             choice_number("abstraction", abstraction, (*POOLINGS[:3], "deepsets"))
             if not isinstance(pattern, Factorization):
                 raise ValueError(f"abstraction must be None where the pattern has no pooling, got {abstraction!r}")
-            self.pattern, abstraction = dataclasses.replace(pattern, pooling=abstraction), None
+            pooling: Any = abstraction
+            self.pattern, abstraction = dataclasses.replace(pattern, pooling=pooling), None
         if not (abstraction is None or isinstance(abstraction, nn.Module)):
             raise ValueError(f"abstraction must be None, a pooling, 'deepsets' or a module, got {abstraction!r}")
         if abstraction is not None and isinstance(pattern, nn.Module):
