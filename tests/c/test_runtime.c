@@ -213,8 +213,10 @@ static void stop_threads(void) {
 
 /* ---- a host's threads --------------------------------------------------------------------------- */
 
+enum { SPAWN, AT_ONCE, TOO_LATE, REFUSE };
+
 typedef struct {
-    enum { SPAWN, AT_ONCE, TOO_LATE, REFUSE } manner;
+    int manner; /* one of these */
     int asked;
     pthread_t thread[16];
     void (*task[16])(void *argument);
