@@ -31,6 +31,7 @@ from .functional import (
 from .patterns import Factorization
 from .plan import Array, Plan
 from .sharding import Layout, Traffic, lay_out, ring_traffic, traffic
+from .torch_ops import as_array, as_tensor
 
 __all__ = ["Traffic", "attention", "ring_traffic", "traffic"]
 
@@ -88,8 +89,8 @@ def attention(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, *options: Any) -> torch.Tensor:
-        array, ctx.pass_back = _forward(_array(query), _array(key), _array(value), *options)
-        out = _tensor(array)
+        array, ctx.pass_back = _forward(as_array(query), as_array(key), as_array(value), *options)
+        out = as_tensor(array)
         ctx.save_for_backward(query, key, value, out)  # pass_back has their memory, this knows whether it was written
         return out
 
@@ -97,7 +98,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
         assert ctx.saved_tensors  # an error where it was
-        return *map(_tensor, ctx.pass_back(_array(grad_out))), None, None, None, None
+        return *map(as_tensor, ctx.pass_back(as_array(grad_out))), None, None, None, None
 
 
 PassBack: TypeAlias = Callable[..., list[Any]]  # gradients of what a function made to those of what it was given
@@ -281,18 +282,3 @@ class _Ranks:
 def _bytes(x: Array) -> torch.Tensor:
     """`[P, bytes]` of `[P, ...]`, in its memory."""
     return torch.from_numpy(x.reshape(len(x), -1).view(np.uint8))
-
-
-def _array(x: torch.Tensor) -> Array:
-    x = x.detach()
-    if x.dtype == torch.bfloat16:  # NumPy has it by ml_dtypes alone: its bits pass as integers
-        import ml_dtypes
-
-        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return x.numpy()
-
-
-def _tensor(x: Array) -> torch.Tensor:
-    if x.dtype.name == "bfloat16":
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(x)

@@ -6,6 +6,7 @@
  * and runs its tasks in reverse: that order, not the threads, decides the bits. Heads that would leave threads idle
  * are shared by all of them, in turns that keep it (turns.h).
  */
+#include "plan.h"
 #include "stages.h"
 
 #include <math.h>
@@ -700,23 +701,19 @@ static void pool_task(void *context, int64_t index, int worker) {
     shared->run->stage->pool(&shared->head, shared->first + (int32_t)index, shared->run->scratch[worker]);
 }
 
-static int32_t row_of(const cmb_plan *plan, cmb_list list, int32_t n) {
-    return list.step ? list.start + list.step * n : plan->index[list.start + n];
-}
-
 /* What a tile is going to touch: its rows chunk by chunk, its queries to the end. */
 static void ask_for_tile(const cmb_head *head, const cmb_tile *tile, cmb_item *item) {
     const cmb_plan *plan = head->plan;
     for (int32_t run = tile->run; run < tile[1].run; run++) {
         const cmb_list rows = plan->run[run].row;
         for (int32_t n = 0, next; n < rows.count; n = next) {
-            const int32_t x = row_of(plan, rows, n), rest = CMB_BLOCK_ROWS - x % CMB_BLOCK_ROWS;
+            const int32_t x = cmb_list_at(plan, rows, n), rest = CMB_BLOCK_ROWS - x % CMB_BLOCK_ROWS;
             next = rows.step != 1 ? n + 1 : rest < rows.count - n ? n + rest : rows.count;
             cmb_ask(item, CMB_KEY_ROWS, x, cmb_use(run, next - 1));
         }
     }
     for (int32_t n = 0; n < tile->query.count; n++) {
-        const int32_t x = row_of(plan, tile->query, n);
+        const int32_t x = cmb_list_at(plan, tile->query, n);
         cmb_ask(item, CMB_QUERY_ROWS, x, INT64_MAX - 1);
         if (x >= head->L)
             cmb_ask(item, CMB_KEY_ROWS, x, INT64_MAX - 1);
@@ -729,7 +726,7 @@ static void ask_for_pools(const cmb_head *head, int32_t task, cmb_item *item) {
     for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++) {
         const cmb_pool *pool = &plan->pool[p];
         for (int32_t n = -1; n < (picks ? 1 : pool->child.count); n++) {
-            int32_t x = n < 0 ? pool->row : row_of(plan, pool->child, n);
+            int32_t x = n < 0 ? pool->row : cmb_list_at(plan, pool->child, n);
             if (n == 0 && picks && pool->row < head->L + plan->R)
                 x = head->pick[pool->row - head->L];
             if (x >= head->L + plan->R) /* a scratch row, the worker's own */

@@ -14,20 +14,7 @@
 #define VECTOR_BYTES 32
 #define REGISTERS 12
 
-#define REAL float
-#define SUFFIX f32
-#define FLOAT_BITS 32
-#include "kernels.inc.h"
-
-#include "half.inc.h"
-
-#undef REAL
-#undef SUFFIX
-#undef FLOAT_BITS
-#define REAL double
-#define SUFFIX f64
-#define FLOAT_BITS 64
-#include "kernels.inc.h"
+#include "isa.inc.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -22,20 +22,7 @@ static const short interleaved_order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20
                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 #define interleaved (*(const __m512i_u *)interleaved_order)
 
-#define REAL float
-#define SUFFIX f32
-#define FLOAT_BITS 32
-#include "kernels.inc.h"
-
-#include "half.inc.h"
-
-#undef REAL
-#undef SUFFIX
-#undef FLOAT_BITS
-#define REAL double
-#define SUFFIX f64
-#define FLOAT_BITS 64
-#include "kernels.inc.h"
+#include "isa.inc.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

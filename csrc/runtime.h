@@ -28,6 +28,15 @@ cmb_status cmb_fail(cmb_error *error, cmb_status status, const char *format, ...
 
 int64_t cmb_now(void); /* ns of the monotonic clock */
 
+/* Within a loop that waits for another thread. */
+static inline void cmb_pause(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 /* The state of one call's wish to stop. Worker 0 is the calling thread: it alone polls, 50 ms apart. */
 typedef struct {
     const cmb_interrupt *interrupt; /* may be NULL */

@@ -20,6 +20,7 @@
 
 #include "cpu.h"
 #include "kernels.h"
+#include "plan.h"
 #include "stages.h"
 
 #define PASTE2(a, b) a##_##b
@@ -217,10 +218,6 @@ static inline REAL *sum_at(cmb_rows rows, int64_t x) {
     return at(rows, x);
 }
 
-static inline int32_t element(const cmb_plan *plan, cmb_list list, int32_t t) {
-    return list.step ? list.start + list.step * t : plan->index[list.start + t];
-}
-
 static inline bool live(const cmb_head *head, int64_t x) {
     if (head->all_live)
         return true;
@@ -286,7 +283,7 @@ static int32_t count_children(const cmb_head *head, const cmb_pool *pool, cmb_sc
         return pool->child.count;
     int32_t total = 0, n = 0;
     for (int32_t t = 0; t < pool->child.count; t++) {
-        const int32_t x = element(plan, pool->child, t);
+        const int32_t x = cmb_list_at(plan, pool->child, t);
         const int32_t below = x < head->L ? live(head, x) : *count_of(head, w, x);
         if (below)
             w->weight[n++] = plan->pooling == CMB_POOL_MEAN ? (REAL)below : 1;
@@ -300,7 +297,7 @@ static int32_t count_children(const cmb_head *head, const cmb_pool *pool, cmb_sc
 static void gather_children(const cmb_head *head, const cmb_pool *pool, cmb_scratch *w, cmb_rows own, cmb_rows regions,
                             REAL *scratch) {
     for (int32_t t = 0, n = 0; t < pool->child.count; t++) {
-        const int32_t x = element(head->plan, pool->child, t);
+        const int32_t x = cmb_list_at(head->plan, pool->child, t);
         if (!in_pool(head, w, x))
             continue;
         w->child[n] = x < head->L ? numbers(stored_row(own, x), head->D, w->child_row + n * head->D, w)
@@ -312,7 +309,7 @@ static void gather_children(const cmb_head *head, const cmb_pool *pool, cmb_scra
 static void gather_child_gradients(const cmb_head *head, const cmb_pool *pool, cmb_scratch *w, cmb_rows own,
                                    cmb_rows regions, REAL *scratch) {
     for (int32_t t = 0, n = 0; t < pool->child.count; t++) {
-        const int32_t x = element(head->plan, pool->child, t);
+        const int32_t x = cmb_list_at(head->plan, pool->child, t);
         if (in_pool(head, w, x))
             w->child_grad[n++] = pool_row(head, own, regions, scratch, x);
     }
@@ -346,9 +343,9 @@ static void pool_from(const cmb_head *head, int32_t task, int64_t least, cmb_scr
         if (total == 0)
             continue;
         if (plan->pooling == CMB_POOL_FIRST) {
-            int32_t t = 0, x = element(plan, step->child, 0);
+            int32_t t = 0, x = cmb_list_at(plan, step->child, 0);
             while (!in_pool(head, w, x))
-                x = element(plan, step->child, ++t);
+                x = cmb_list_at(plan, step->child, ++t);
             *pick_of(head, w, step->row) = x < head->L ? x : *pick_of(head, w, x);
             continue;
         }
@@ -430,21 +427,24 @@ typedef struct {
     int rows;          /* of that chunk */
 } tile_state;
 
+/* False where the compiler can see it: products of numbers are to ask nothing. */
+static inline bool is_paired(const tile_state *t) { return widens && t->paired; }
+
 /* Numbers in an element, and elements that hold so many numbers. */
-static inline int each(const tile_state *t) { return t->paired ? 2 : 1; }
+static inline int each(const tile_state *t) { return is_paired(t) ? 2 : 1; }
 
 static inline int elements(const tile_state *t, int64_t numbers) { return (int)((numbers + each(t) - 1) / each(t)); }
 
 static tile_state begin_tile(const cmb_head *head, const cmb_tile *tile, const cmb_scratch *w) {
     tile_state t = {.tile = tile, .n = tile->query.count, .run = tile->run};
-    t.regions = element(head->plan, tile->query, 0) >= head->L;
+    t.regions = cmb_list_at(head->plan, tile->query, 0) >= head->L;
     t.weighted = t.regions && head->weighted;
     t.dropout = !t.regions && head->dropout.factor != 1;
     t.paired = widens && w->half->product && tile->width > 1 && !t.weighted;
     t.all = t.n == 64 ? ~UINT64_C(0) : (UINT64_C(1) << t.n) - 1;
     if (t.regions && !head->all_live)
         for (int i = 0; i < t.n; i++)
-            if (!live(head, element(head->plan, tile->query, i)))
+            if (!live(head, cmb_list_at(head->plan, tile->query, i)))
                 t.all &= ~(UINT64_C(1) << i);
     return t;
 }
@@ -464,7 +464,7 @@ static inline bool is_scattered(const cmb_tile *tile, cmb_list list, cmb_rows ro
 /* A row of the tile as its products take it, made in `copy` where it is not so already. */
 static inline const REAL *operand(const tile_state *t, table_row row, int64_t dim, bool scattered, REAL *copy,
                                   const cmb_scratch *w) {
-    const REAL *it = t->paired ? in_pairs(row, dim, copy, w) : numbers(row, dim, copy, w);
+    const REAL *it = is_paired(t) ? in_pairs(row, dim, copy, w) : numbers(row, dim, copy, w);
     return scattered && it != copy ? memcpy(copy, it, (size_t)elements(t, dim) * sizeof *it) : it;
 }
 
@@ -501,7 +501,7 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
             t->next += taken;
         } else {
             for (; t->next < run->row.count && n < CHUNK; t->next++) {
-                const int32_t x = element(plan, run->row, t->next);
+                const int32_t x = cmb_list_at(plan, run->row, t->next);
                 if (!live(head, x))
                     continue;
                 const int64_t r = x - head->L;
@@ -538,7 +538,7 @@ static void add_bias(const cmb_head *head, const tile_state *t, int lanes, cmb_s
 static void draw_dropout(const cmb_head *head, const tile_state *t, int width, cmb_scratch *w) {
     uint32_t query[WIDEST] = {0};
     for (int lane = 0; lane < t->n; lane++)
-        query[lane] = (uint32_t)element(head->plan, t->tile->query, lane);
+        query[lane] = (uint32_t)cmb_list_at(head->plan, t->tile->query, lane);
     w->kernel->dropout(t->rows, w->row, width, query, &head->dropout, w->keep);
 }
 
@@ -581,7 +581,7 @@ static void row_windows(const cmb_scratch *w, int rows, uint8_t first[16], uint8
 /* Elements are numbers, or pairs: of features, of rows or of lanes. */
 static inline void product(const tile_state *t, int64_t m, int64_t n, int64_t k, const REAL *const *a, int64_t a_step,
                            const REAL *const *b, REAL *const *c, int64_t column, bool add, const cmb_scratch *w) {
-    if (t->paired)
+    if (is_paired(t))
         w->half->product(m, n, k, a, a_step, b, c, column, add);
     else
         w->kernel->product(m, n, k, a, a_step, b, c, column, add);
@@ -590,7 +590,7 @@ static inline void product(const tile_state *t, int64_t m, int64_t n, int64_t k,
 /* Lanes side by side, feature by feature; pairs are not scaled. */
 static void pack(const tile_state *t, const REAL *const *lane_row, int64_t dim, REAL scale, REAL *packed,
                  const cmb_scratch *w) {
-    if (t->paired)
+    if (is_paired(t))
         w->half->pack(t->n, lane_row, elements(t, dim), w->width, packed);
     else
         w->kernel->pack(t->n, lane_row, dim, scale, w->width, packed);
@@ -619,7 +619,7 @@ static const REAL *pair_weights(const tile_state *t, const REAL *p, bool of_rows
 /* A row or a pair of rows, of which `seen` has bits for those that count: zeros in place of the other, where any number
  * may lie. */
 static const REAL *seen_part(const tile_state *t, const REAL *row, int64_t dim, unsigned seen, REAL *part) {
-    if (!t->paired || seen == 3)
+    if (!is_paired(t) || seen == 3)
         return row;
     memcpy(part, row, (size_t)dim * sizeof *part);
     for (int64_t d = 0; d < dim; d++)
@@ -657,7 +657,7 @@ static void row_products(const tile_state *t, const REAL *const *row, int64_t di
 static void lane_sums(const tile_state *t, const REAL *p, const REAL *const *row, int64_t dim, REAL *const *to,
                       bool exact, cmb_scratch *w) {
     const int rows = elements(t, t->rows);
-    if (t->paired) {
+    if (is_paired(t)) {
         p = pair_weights(t, p, true, w);
         row = pair_rows(t->rows, row, dim, w->pair_row, w->pair_list, w);
     }
@@ -705,7 +705,7 @@ static void row_sums(const tile_state *t, const REAL *p, const REAL *const *lane
                      bool exact, cmb_scratch *w) {
     const int step = w->width / each(t);
     const REAL *a[CHUNK];
-    if (t->paired)
+    if (is_paired(t))
         p = pair_weights(t, p, false, w);
     if (exact) {
         const REAL *list[WIDEST];
@@ -742,7 +742,7 @@ static void row_sums(const tile_state *t, const REAL *p, const REAL *const *lane
 
 /* The state from which a query's softmax goes on: m (base 2), l, and sums that l divides. */
 static void resume(const cmb_head *head, const tile_state *t, int lane, REAL *m, REAL *l, REAL *sum, uint64_t *seen) {
-    const int64_t x = element(head->plan, t->tile->query, lane);
+    const int64_t x = cmb_list_at(head->plan, t->tile->query, lane);
     const size_t dim = (size_t)(head->Dv + (t->weighted ? head->D : 0));
     const REAL lse = *lse_of(head, x);
     *m = -infinity;
@@ -762,7 +762,7 @@ static void resume(const cmb_head *head, const tile_state *t, int lane, REAL *m,
 
 static void conclude(const cmb_head *head, const tile_state *t, int lane, REAL m, REAL l, const REAL *sum,
                      uint64_t seen, cmb_scratch *w) {
-    const int64_t x = element(head->plan, t->tile->query, lane);
+    const int64_t x = cmb_list_at(head->plan, t->tile->query, lane);
     if (!(seen >> lane & 1)) /* the tile shows it nothing: its lse would come back rounded */
         return;
     if (l == 0) {
@@ -781,7 +781,7 @@ static void conclude(const cmb_head *head, const tile_state *t, int lane, REAL m
 /* S of the chunk, times log2 e. */
 static void logits(const cmb_head *head, const tile_state *t, bool clear, cmb_scratch *w) {
     row_products(t, w->key, head->D, w->packed, w->s, false, clear, w);
-    if (t->paired)
+    if (is_paired(t))
         w->kernel->scale(t->rows * w->width, w->s, (REAL)(head->scale * log2_e));
     add_bias(head, t, w->width, w);
 }
@@ -797,7 +797,7 @@ static void lane_tile(const cmb_head *head, const cmb_tile *tile, bool exact, cm
     if (!t.all)
         return;
     for (int lane = 0; lane < t.n; lane++) {
-        const table_row query = query_row(head, element(head->plan, tile->query, live_lane(&t, lane)));
+        const table_row query = query_row(head, cmb_list_at(head->plan, tile->query, live_lane(&t, lane)));
         w->lane_in[lane] = operand(&t, query, head->D, false, w->query_row + lane * head->D, w);
         w->lane_out[lane] = w->sum + lane * dim;
         resume(head, &t, lane, m + lane, l + lane, w->lane_out[lane], &seen);
@@ -880,7 +880,7 @@ static void row_tile(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w,
     if (!t.all)
         return;
     resume(head, &t, 0, &m, &l, sum, &seen);
-    memcpy(query, numbers(query_row(head, element(head->plan, tile->query, 0)), head->D, w->query_row, w),
+    memcpy(query, numbers(query_row(head, cmb_list_at(head->plan, tile->query, 0)), head->D, w->query_row, w),
            (size_t)head->D * sizeof(REAL));
     w->kernel->scale(head->D, query, (REAL)(head->scale * log2_e));
     while (gather(head, &t, w)) {
@@ -909,7 +909,7 @@ static void row_tile(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w,
 
 /* Whether a tile belongs to the stages asked for. */
 static bool wanted(const cmb_head *head, const cmb_tile *tile) {
-    const bool regions = element(head->plan, tile->query, 0) >= head->L;
+    const bool regions = cmb_list_at(head->plan, tile->query, 0) >= head->L;
     return head->stages & (regions ? CMB_SUMMARIZE : CMB_ATTEND);
 }
 
@@ -930,7 +930,7 @@ static void tiles(const cmb_head *head, int32_t task, cmb_scratch *w, cmb_cancel
 /* The gradient rows of a tile's queries: theirs, and of regions those that earlier tiles have summed up. */
 static bool await_queries(const cmb_head *head, const tile_state *t, const cmb_scratch *w) {
     for (int lane = 0; w->item && lane < t->n; lane++) {
-        const int32_t x = element(head->plan, t->tile->query, lane);
+        const int32_t x = cmb_list_at(head->plan, t->tile->query, lane);
         if (!cmb_await(w->item, CMB_QUERY_ROWS, x) || (t->regions && !cmb_await(w->item, CMB_KEY_ROWS, x)))
             return false;
     }
@@ -947,10 +947,10 @@ static bool await_rows(const tile_state *t, const cmb_scratch *w) {
 
 /* lse in base 2 and delta of one query, with the rows of its gradient; false where it attends nothing. */
 static bool begin_lane(const cmb_head *head, const tile_state *t, int lane, REAL *lse2, REAL *delta, cmb_scratch *w) {
-    const int64_t x = element(head->plan, t->tile->query, lane), r = x - head->L;
+    const int64_t x = cmb_list_at(head->plan, t->tile->query, lane), r = x - head->L;
     const REAL lse = *lse_of(head, x);
     *lse2 = *delta = 0;
-    const table_row query = query_row(head, element(head->plan, t->tile->query, live_lane(t, lane)));
+    const table_row query = query_row(head, cmb_list_at(head->plan, t->tile->query, live_lane(t, lane)));
     const table_row grad = r < 0 ? stored_row(head->grad.out, x) : number_row(sum_at(head->grad.region_value, r));
     const bool far_query = is_scattered(t->tile, t->tile->query, head->query, head->D);
     const bool far_grad = is_scattered(t->tile, t->tile->query, head->grad.out, head->Dv);
@@ -962,7 +962,7 @@ static bool begin_lane(const cmb_head *head, const tile_state *t, int lane, REAL
         return false;
     const REAL *result =
         r < 0 ? numbers(stored_row(head->out, x), head->Dv, w->result_row, w) : at(head->region_value, r);
-    const REAL *out_grad = t->paired ? numbers(grad, head->Dv, w->result_row + head->Dv, w) : w->grad_in[lane];
+    const REAL *out_grad = is_paired(t) ? numbers(grad, head->Dv, w->result_row + head->Dv, w) : w->grad_in[lane];
     *lse2 = (REAL)((double)lse * log2_e);
     w->kernel->dot(1, &result, head->Dv, out_grad, delta);
     if (t->weighted) {
@@ -997,7 +997,7 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
     if (t.weighted)
         w->kernel->pack(t.n, w->key_grad_in, head->D, 1, w->width, w->packed_key_grad);
     const REAL *const *query_in = w->lane_in, *const *grad_in = w->grad_in;
-    if (t.paired) {
+    if (is_paired(&t)) {
         query_in = pair_rows(t.n, query_in, head->D, w->pair_query, w->pair_query_in, w);
         grad_in = pair_rows(t.n, grad_in, head->Dv, w->pair_grad, w->pair_grad_in, w);
     }

@@ -202,14 +202,6 @@ static void run_job(job *work, int worker) {
     }
 }
 
-static void pause_briefly(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
 /* Until *value is as wanted, but not for long: jobs follow one another faster than a thread wakes. */
 static void spin_until(atomic_uint *value, unsigned wanted) {
     const int64_t end = cmb_now() + SPIN_NS;
@@ -217,7 +209,7 @@ static void spin_until(atomic_uint *value, unsigned wanted) {
         for (int n = 0; n < 64; n++) {
             if (atomic_load_explicit(value, memory_order_acquire) == wanted)
                 return;
-            pause_briefly();
+            cmb_pause();
         }
     } while (cmb_now() < end);
 }

@@ -9,9 +9,7 @@ static bool wait_for(cmb_item *item, const atomic_int *value, int32_t wanted) {
     enum { SPINS = 1 << 12 };
     for (int n = 0; atomic_load_explicit(value, memory_order_acquire) != wanted; n++) {
         if (n < SPINS) {
-#if defined(__x86_64__)
-            __builtin_ia32_pause();
-#endif
+            cmb_pause();
             continue;
         }
         if (cmb_cancelled(item->cancel, item->worker))
