@@ -319,6 +319,7 @@ import os, signal, sys, threading, time
 import numpy as np
 import combiner
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 combiner.set_num_threads(3)
 few = np.ones((8, 600, 32), np.float32)
 many = np.broadcast_to(np.float32(1), (2, 60000, 64))  # seconds of work, and no memory
