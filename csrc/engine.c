@@ -230,8 +230,10 @@ typedef struct {
     cmb_turns *turns;      /* where workers share a head, else NULL */
     cmb_item *item;        /* [workers] */
     int64_t first, flying; /* forward: the group of heads at hand */
-    int32_t wave;
-    int64_t *task; /* [slots + 1] first index of each head's tasks in this wave */
+    int32_t waves, wave;   /* the most of a plan, and the one at hand */
+    int64_t *task;         /* [slots + 1] first index of each head's tasks in this wave */
+    bool fused;            /* forward: task by task through all waves, so that a task finds its rows in the cache */
+    atomic_int *through;   /* [slots][waves] then: the head's tasks that are through with a wave */
 } schedule;
 
 static bool keeps_key(const cmb_problem *p) { return p->summary_key.data && p->plan[0]->weighted; }
@@ -245,6 +247,7 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
     tables *table = cmb_take(arena, (size_t)run->slots, sizeof *table);
     cmb_scratch **scratch = cmb_take(arena, (size_t)run->workers, sizeof *scratch);
     int64_t *task = cmb_take(arena, (size_t)run->slots + 1, sizeof *task);
+    atomic_int *through = cmb_take(arena, run->fused ? (size_t)(run->slots * run->waves) : 0, sizeof *through);
     for (int64_t i = 0; i < run->slots && !arena->overflow; i++) {
         tables t = {0};
         t.count = cmb_take(arena, R, sizeof(int32_t));
@@ -306,6 +309,18 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
     run->table = table;
     run->scratch = scratch;
     run->task = task;
+    run->through = through;
+}
+
+static int32_t tasks_in(const cmb_plan *plan, int32_t wave) {
+    return wave < plan->waves ? plan->wave[wave + 1] - plan->wave[wave] : 0;
+}
+
+static int32_t longest_wave(const cmb_plan *plan) {
+    int32_t most = 0;
+    for (int32_t wave = 0; wave < plan->waves; wave++)
+        most = tasks_in(plan, wave) > most ? tasks_in(plan, wave) : most;
+    return most;
 }
 
 /* Below this many query features in all, waking a thread costs more than it gives (about 20 us). */
@@ -329,8 +344,13 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
         run->L = it.L > run->L ? it.L : run->L;
         run->R = it.R > run->R ? it.R : run->R;
     }
+    int64_t tasks = INT32_MAX; /* of a head where waves are fused */
+    run->fused = !backward;
     for (int64_t i = 0; i < p->plans; i++) {
         const cmb_plan *plan = p->plan[i];
+        run->waves = plan->waves > run->waves ? plan->waves : run->waves;
+        run->fused = run->fused && plan->is_fusible;
+        tasks = cmb_least(tasks, longest_wave(plan));
         run->N = plan->N > run->N ? plan->N : run->N;
         for (int32_t s = 0; s < plan->pools; s++)
             run->children = plan->pool[s].child.count > run->children ? plan->pool[s].child.count : run->children;
@@ -345,7 +365,10 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
         run->shared = run->workers > 1 ? run->units % run->workers : 0;
         run->slots = run->units < run->workers ? 1 : run->workers;
     } else {
-        const int64_t bytes = (run->L + run->R) * (2 * p->D + p->Dv) * (int64_t)run->stage->size;
+        /* Tasks of all heads follow one another then, the longest of a head last: there must be many. */
+        run->fused = run->fused && (run->workers == 1 || run->units * tasks >= 16 * run->workers);
+        const int64_t rows_met = run->fused && !run->widens ? run->R : run->L + run->R;
+        const int64_t bytes = rows_met * (2 * p->D + p->Dv) * (int64_t)run->stage->size;
         const int64_t fit = bytes > 0 ? bytes_in_flight / bytes : INT64_MAX;
         const int64_t fewest = (run->workers + 3) / 4; /* a wave of one head may have few tasks */
         run->slots = fit > fewest ? fit : fewest;
@@ -493,17 +516,41 @@ static void begin_head(void *context, int64_t slot, int worker) {
         run->stage->begin(head.R, head.region_lse);
 }
 
-static void forward_task(void *context, int64_t index, int worker) {
+static int64_t slot_of(const schedule *run, int64_t index) {
+    int64_t slot = 0;
+    while (run->task[slot + 1] <= index)
+        slot++;
+    return slot;
+}
+
+static void forward_task(const schedule *run, const cmb_head *head, int32_t task, int worker) {
+    run->stage->pool(head, task, run->scratch[worker]);
+    run->stage->tiles(head, task, run->scratch[worker], run->cancel, worker);
+}
+
+static void task_of_wave(void *context, int64_t index, int worker) {
     const schedule *run = context;
     /* The last tasks of a causal plan are the longest: they start first. */
-    const int64_t last = run->task[run->flying] - 1 - index;
-    int64_t slot = 0;
-    while (run->task[slot + 1] <= last)
-        slot++;
+    const int64_t last = run->task[run->flying] - 1 - index, slot = slot_of(run, last);
     const cmb_head head = flying_head(run, slot);
-    const int32_t task = head.plan->wave[run->wave] + (int32_t)(last - run->task[slot]);
-    run->stage->pool(&head, task, run->scratch[worker]);
-    run->stage->tiles(&head, task, run->scratch[worker], run->cancel, worker);
+    forward_task(run, &head, head.plan->wave[run->wave] + (int32_t)(last - run->task[slot]), worker);
+}
+
+/* The t-th tasks of all waves. The next wave may need what the tasks before did in this one: they began earlier, and
+ * the first of those at work waits for nobody. */
+static void tasks_of_waves(void *context, int64_t index, int worker) {
+    const schedule *run = context;
+    const int64_t slot = slot_of(run, index);
+    const cmb_head head = flying_head(run, slot);
+    const int32_t t = (int32_t)(index - run->task[slot]);
+    for (int32_t wave = 0; wave < head.plan->waves; wave++) {
+        atomic_int *through = &run->through[slot * run->waves + wave];
+        if (t < tasks_in(head.plan, wave))
+            forward_task(run, &head, head.plan->wave[wave] + t, worker);
+        if (!cmb_wait(through, t, run->cancel, worker))
+            return;
+        atomic_store_explicit(through, t + 1, memory_order_release);
+    }
 }
 
 /* Rows that are done, into the caller's narrower ones. */
@@ -537,21 +584,19 @@ static void end_head(void *context, int64_t slot, int worker) {
 }
 
 static void forward(schedule *run) {
-    const cmb_problem *p = run->problem;
     for (run->first = 0; run->first < run->units; run->first += run->slots) {
         run->flying = run->units - run->first < run->slots ? run->units - run->first : run->slots;
         cmb_parallel_for(run->flying, run->workers, begin_head, run, run->cancel);
-        int32_t waves = 0;
-        for (int64_t i = 0; i < p->plans; i++)
-            waves = p->plan[i]->waves > waves ? p->plan[i]->waves : waves;
-        for (run->wave = 0; run->wave < waves; run->wave++) {
+        for (int64_t n = 0; run->fused && n < run->slots * run->waves; n++)
+            atomic_init(&run->through[n], 0);
+        for (run->wave = 0; run->wave < (run->fused ? 1 : run->waves); run->wave++) {
             run->task[0] = 0;
             for (int64_t slot = 0; slot < run->flying; slot++) {
                 const cmb_plan *plan = flying_head(run, slot).plan;
-                const int32_t tasks = run->wave < plan->waves ? plan->wave[run->wave + 1] - plan->wave[run->wave] : 0;
-                run->task[slot + 1] = run->task[slot] + tasks;
+                run->task[slot + 1] = run->task[slot] + (run->fused ? longest_wave(plan) : tasks_in(plan, run->wave));
             }
-            cmb_parallel_for(run->task[run->flying], run->workers, forward_task, run, run->cancel);
+            cmb_parallel_for(run->task[run->flying], run->workers, run->fused ? tasks_of_waves : task_of_wave, run,
+                             run->cancel);
         }
         cmb_parallel_for(run->flying, run->workers, end_head, run, run->cancel);
     }
@@ -651,6 +696,17 @@ static cmb_head begin_backward(const schedule *run, const tables *t, const unit 
     return head;
 }
 
+static void backward_task(const schedule *run, const cmb_head *head, int32_t task, int worker) {
+    const cmb_plan *plan = head->plan;
+    for (int32_t tile = plan->task[task + 1].tile - 1; tile >= plan->task[task].tile; tile--) {
+        if (cmb_cancelled(run->cancel, worker))
+            return;
+        run->stage->tile_backward(head, tile, run->scratch[worker], NULL, run->cancel, worker);
+    }
+    if (head->stages & CMB_SUMMARIZE)
+        run->stage->pool_backward(head, task, run->scratch[worker], NULL);
+}
+
 static void backward_unit(void *context, int64_t index, int worker) {
     const schedule *run = context;
     const cmb_problem *p = run->problem;
@@ -664,15 +720,15 @@ static void backward_unit(void *context, int64_t index, int worker) {
         const cmb_plan *plan = head.plan;
         for (int32_t task = 0; task < plan->tasks && !cmb_cancelled(run->cancel, worker); task++)
             run->stage->pool(&head, task, scratch);
-        for (int32_t task = plan->tasks - 1; task >= 0; task--) {
-            for (int32_t tile = plan->task[task + 1].tile - 1; tile >= plan->task[task].tile; tile--) {
-                if (cmb_cancelled(run->cancel, worker))
-                    return;
-                run->stage->tile_backward(&head, tile, scratch, NULL, run->cancel, worker);
-            }
-            if (head.stages & CMB_SUMMARIZE)
-                run->stage->pool_backward(&head, task, scratch, NULL);
-        }
+        if (plan->is_fusible)
+            for (int32_t t = longest_wave(plan) - 1; t >= 0; t--)
+                for (int32_t wave = plan->waves - 1; wave >= 0; wave--)
+                    if (t < tasks_in(plan, wave))
+                        backward_task(run, &head, plan->wave[wave] + t, worker);
+        for (int32_t task = plan->tasks - 1; !plan->is_fusible && task >= 0; task--)
+            backward_task(run, &head, task, worker);
+        if (cmb_cancelled(run->cancel, worker))
+            return;
         end_gradients(run, &head, &u, worker);
     }
 }

@@ -11,7 +11,7 @@
 enum {
     NARROW = 16,         /* queries of a LogSparse tile: 64 would see three times the rows that 16 do */
     TASK_QUERIES = 1024, /* queries of a task of narrow tiles */
-    SPAN_QUERIES = 512,  /* Fixed: a task has whole spans of up to so many positions, or so many of a longer span */
+    SPAN_QUERIES = 256,  /* Fixed: a task has whole spans of up to so many positions, or so many of a longer span */
     CHUNK_LEVEL = 10,    /* LogSparse: a task has 2^10 keys, with the smaller blocks in them */
     HALVES_LEVEL = 11,   /* hierarchical: a task summarizes the blocks in 2^11 keys */
 };
@@ -46,71 +46,71 @@ cmb_status cmb_plan_dense(int64_t L, const cmb_plan_options *options, cmb_plan *
     return cmb_build_end(&build, plan, error);
 }
 
+/* Where the task of both waves that begins with position a ends: it has whole spans, or a part of a long one. So what a
+ * task summarizes is what it attends next, and a causal plan's waves can be fused. */
+static int64_t block_end(const cmb_build *build, int64_t span, int64_t a) {
+    int64_t whole = span < CMB_TILE ? CMB_TILE / span * span : span;
+    if (whole < SPAN_QUERIES)
+        return cmb_least(a + SPAN_QUERIES / whole * whole, build->plan.L);
+    return cmb_least(cmb_least(a + SPAN_QUERIES, (a / span + 1) * span), build->plan.L);
+}
+
 /* Region L + c is span c, pooled so that its members are known even where nobody attends it. */
 static void summarize_spans(cmb_build *build, int64_t span, int64_t spans) {
-    int64_t L = build->plan.L, group = span < SPAN_QUERIES ? SPAN_QUERIES / span : 1;
+    int64_t L = build->plan.L, c = 0;
     int64_t attended = build->plan.is_causal ? spans - 1 : spans > 1 ? spans : 0;
     cmb_build_wave(build);
-    for (int64_t first = 0; first < spans && cmb_build_task(build); first += group) {
-        int64_t end = cmb_least(first + group, spans);
-        for (int64_t c = first; c < end; c++)
-            cmb_build_pool(build, L + c, cmb_list_make(c * span, 1, cmb_least(span, L - c * span)));
-        for (int64_t c = first; c < cmb_least(end, attended); c++) {
+    for (int64_t a = 0, end; a < L && cmb_build_task(build); a = end) {
+        end = block_end(build, span, a);
+        for (; c < spans && cmb_least((c + 1) * span, L) <= end; c++) {
+            cmb_list own = cmb_list_make(c * span, 1, cmb_least(span, L - c * span));
+            cmb_build_pool(build, L + c, own);
+            if (c >= attended)
+                continue;
             cmb_build_tile(build, cmb_list_make(L + c, 1, 1), 1);
-            cmb_build_run(build, cmb_list_make(c * span, 1, cmb_least(span, L - c * span)));
+            cmb_build_run(build, own);
         }
     }
 }
 
-/* A tile lies in one span. `summary` lists what the other spans are seen through, in order. */
-static void attend_wide_spans(cmb_build *build, int64_t span, int64_t spans, cmb_list summary) {
-    int64_t L = build->plan.L;
-    for (int64_t c = 0; c < spans; c++) {
-        int64_t first = c * span, end = cmb_least(first + span, L);
-        for (int64_t a = first; a < end; a += CMB_TILE) {
-            int64_t n = cmb_least(CMB_TILE, end - a);
-            if ((a - first) % SPAN_QUERIES == 0 && !cmb_build_task(build))
-                return;
-            cmb_build_tile(build, cmb_list_make(a, 1, n), cmb_lanes_for(n));
-            cmb_build_run(build, cmb_cut(summary, 0, c));
-            if (!build->plan.is_causal)
-                cmb_build_run(build, cmb_cut(summary, c + 1, summary.count));
-            attend_own(build, first, end, a, n);
-        }
-    }
+/* Queries [a, a + n) lie in one span. `summary` lists what the other spans are seen through, in order. */
+static void attend_from_one_span(cmb_build *build, int64_t span, cmb_list summary, int64_t a, int64_t n) {
+    int64_t c = a / span;
+    cmb_build_tile(build, cmb_list_make(a, 1, n), cmb_lanes_for(n));
+    cmb_build_run(build, cmb_cut(summary, 0, c));
+    if (!build->plan.is_causal)
+        cmb_build_run(build, cmb_cut(summary, c + 1, summary.count));
+    attend_own(build, c * span, cmb_least((c + 1) * span, build->plan.L), a, n);
 }
 
-/* A tile holds as many whole spans as fit. Its own spans come key by key, each span's summary behind its keys, so that
- * a length that ends in the tile only lacks rows at the end. */
-static void attend_narrow_spans(cmb_build *build, int64_t span, cmb_list summary, bool is_sparse) {
-    int64_t L = build->plan.L, step = CMB_TILE / span * span;
+/* Queries [a, a + n) are as many whole spans as fit in a tile. These come key by key, each span's summary behind its
+ * keys, so that a length that ends in the tile only lacks rows at the end. */
+static void attend_from_spans(cmb_build *build, int64_t span, cmb_list summary, bool is_sparse, int64_t a, int64_t n) {
+    int64_t L = build->plan.L, rows = 0;
     bool is_causal = build->plan.is_causal;
-    for (int64_t a = 0; a < L && cmb_build_task(build); a += step) {
-        int64_t n = cmb_least(step, L - a), rows = 0;
-        int32_t row[2 * CMB_TILE];
-        uint64_t mask[2 * CMB_TILE];
-        for (int64_t first = 0; first < n; first += span) {
-            int64_t end = cmb_least(first + span, n);
-            uint64_t own = cmb_lanes(first, end);
-            uint64_t others = is_causal ? cmb_lanes(end, n) : cmb_lanes(0, n) & ~own;
-            for (int64_t t = first; t < end; t++) {
-                row[rows] = (int32_t)(a + t);
-                mask[rows] = is_causal ? cmb_lanes(t, end) : own;
-                if (is_sparse && t == first + span - 1)
-                    mask[rows] |= others;
-                rows++;
-            }
-            if (!is_sparse && others) {
-                row[rows] = (int32_t)(L + (a + first) / span);
-                mask[rows++] = others;
-            }
+    int32_t row[2 * CMB_TILE];
+    uint64_t mask[2 * CMB_TILE];
+    for (int64_t first = 0; first < n; first += span) {
+        int64_t end = cmb_least(first + span, n);
+        uint64_t own = cmb_lanes(first, end);
+        uint64_t others = is_causal ? cmb_lanes(end, n) : cmb_lanes(0, n) & ~own;
+        for (int64_t t = first; t < end; t++) {
+            row[rows] = (int32_t)(a + t);
+            mask[rows] = is_causal ? cmb_lanes(t, end) : own;
+            if (is_sparse && t == first + span - 1)
+                mask[rows] |= others;
+            rows++;
         }
-        cmb_build_tile(build, cmb_list_make(a, 1, n), cmb_lanes_for(n));
-        cmb_build_run(build, cmb_cut(summary, 0, a / span));
-        if (!is_causal)
-            cmb_build_run(build, cmb_cut(summary, (a + step) / span, summary.count));
-        cmb_build_masked_run(build, cmb_build_list(build, row, rows), mask);
+        if (!is_sparse && others) {
+            row[rows] = (int32_t)(L + (a + first) / span);
+            mask[rows++] = others;
+        }
     }
+    cmb_build_tile(build, cmb_list_make(a, 1, n), cmb_lanes_for(n));
+    cmb_build_run(build, cmb_cut(summary, 0, a / span));
+    if (!is_causal)
+        cmb_build_run(build, cmb_cut(summary, (a + CMB_TILE / span * span) / span, summary.count));
+    cmb_build_masked_run(build, cmb_build_list(build, row, rows), mask);
 }
 
 cmb_status cmb_plan_fixed(int64_t L, int64_t span, const cmb_plan_options *options, cmb_plan **plan, cmb_error *error) {
@@ -131,10 +131,18 @@ cmb_status cmb_plan_fixed(int64_t L, int64_t span, const cmb_plan_options *optio
     /* The sparse baseline sees another span through its last position, where it has one. */
     cmb_list summary = options->sparse ? cmb_list_make(span - 1, span, L / span) : cmb_list_make(L, 1, spans);
     cmb_build_wave(&build);
-    if (span < CMB_TILE)
-        attend_narrow_spans(&build, span, summary, options->sparse);
-    else
-        attend_wide_spans(&build, span, spans, summary);
+    for (int64_t a = 0, end; a < L && cmb_build_task(&build); a = end) {
+        end = block_end(&build, span, a);
+        for (int64_t t = a, n; t < end; t += n) {
+            n = cmb_least(end - t, span < CMB_TILE ? CMB_TILE / span * span : CMB_TILE);
+            if (span < CMB_TILE) {
+                attend_from_spans(&build, span, summary, options->sparse, t, n);
+                continue;
+            }
+            n = cmb_least(n, (t / span + 1) * span - t);
+            attend_from_one_span(&build, span, summary, t, n);
+        }
+    }
     return cmb_build_end(&build, plan, error);
 }
 

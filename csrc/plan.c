@@ -31,6 +31,40 @@ static const void *place(char **at, const void *from, size_t count, size_t size)
     return to;
 }
 
+/* False where an earlier wave touched one of the rows in a later task than the t-th; else the t-th has touched them. */
+static bool touch(const cmb_plan *plan, cmb_list list, int32_t t, int32_t *touched) {
+    for (int32_t n = 0; n < list.count; n++) {
+        const int32_t x = cmb_list_at(plan, list, n);
+        if (x >= plan->L + plan->R) /* the task's own */
+            continue;
+        if (touched[x] > t)
+            return false;
+        touched[x] = t;
+    }
+    return true;
+}
+
+/* Whether the t-th tasks of all waves may follow one another, and then those after them: every row is touched in the
+ * same order as wave by wave. */
+static bool is_fusible(const cmb_plan *plan, int32_t *touched) {
+    for (int32_t wave = 0; wave < plan->waves; wave++)
+        for (int32_t task = plan->wave[wave]; task < plan->wave[wave + 1]; task++) {
+            const int32_t t = task - plan->wave[wave];
+            for (int32_t n = plan->task[task].pool; n < plan->task[task + 1].pool; n++)
+                if (!touch(plan, cmb_list_make(plan->pool[n].row, 1, 1), t, touched) ||
+                    !touch(plan, plan->pool[n].child, t, touched))
+                    return false;
+            for (int32_t n = plan->task[task].tile; n < plan->task[task + 1].tile; n++) {
+                if (!touch(plan, plan->tile[n].query, t, touched))
+                    return false;
+                for (int32_t run = plan->tile[n].run; run < plan->tile[n + 1].run; run++)
+                    if (!touch(plan, plan->run[run].row, t, touched))
+                        return false;
+            }
+        }
+    return plan->waves > 1;
+}
+
 static cmb_status plan_copy(const cmb_plan *from, cmb_plan **plan, cmb_error *error) {
     size_t bytes;
     if (!plan_size(from, &bytes))
@@ -48,6 +82,15 @@ static cmb_status plan_copy(const cmb_plan *from, cmb_plan **plan, cmb_error *er
     copy->tile = place(&at, from->tile, (size_t)from->tiles + 1, sizeof *from->tile);
     copy->run = place(&at, from->run, (size_t)from->runs, sizeof *from->run);
     copy->index = place(&at, from->index, (size_t)from->indices, sizeof *from->index);
+    const size_t rows = (size_t)(from->L + from->R);
+    int32_t *touched = cmb_allocate(rows * sizeof *touched + 1);
+    if (!touched) {
+        cmb_release(copy);
+        return cmb_fail(error, CMB_ERR_MEMORY, "out of memory while making a plan of length %lld", (long long)from->L);
+    }
+    memset(touched, 0, rows * sizeof *touched);
+    copy->is_fusible = is_fusible(copy, touched);
+    cmb_release(touched);
     *plan = copy;
     return CMB_OK;
 }

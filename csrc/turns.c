@@ -5,18 +5,22 @@
 
 /* Spins, since what is waited for is a chunk of a tile away (microseconds); gives the processor away where it is not.
  */
-static bool wait_for(cmb_item *item, const atomic_int *value, int32_t wanted) {
+bool cmb_wait(const atomic_int *through, int32_t turn, cmb_cancel *cancel, int worker) {
     enum { SPINS = 1 << 12 };
-    for (int n = 0; atomic_load_explicit(value, memory_order_acquire) != wanted; n++) {
+    for (int n = 0; atomic_load_explicit(through, memory_order_acquire) != turn; n++) {
         if (n < SPINS) {
             cmb_pause();
             continue;
         }
-        if (cmb_cancelled(item->cancel, item->worker))
+        if (cmb_cancelled(cancel, worker))
             return false;
         sched_yield();
     }
     return true;
+}
+
+static bool wait_for(cmb_item *item, const atomic_int *value, int32_t wanted) {
+    return cmb_wait(value, wanted, item->cancel, item->worker);
 }
 
 bool cmb_enter(cmb_item *item, int32_t number) {
