@@ -468,6 +468,55 @@ static inline const REAL *operand(const tile_state *t, table_row row, int64_t di
     return scattered && it != copy ? memcpy(copy, it, (size_t)elements(t, dim) * sizeof *it) : it;
 }
 
+/* The operands of n rows x, x + step, .., as the caller stored them or `computed`. */
+static inline void operands(const tile_state *t, cmb_rows rows, bool computed, int64_t x, int64_t step, int n,
+                            int64_t dim, bool scattered, REAL *copy, const REAL **to, const cmb_scratch *w) {
+    for (int i = 0; i < n; i++, x += step) {
+        const table_row row = computed ? number_row(at(rows, x)) : stored_row(rows, x);
+        to[i] = operand(t, row, dim, scattered, copy + i * dim, w);
+    }
+}
+
+static inline void sums_at(cmb_rows rows, int64_t x, int64_t step, int n, REAL **to) {
+    for (int i = 0; i < n; i++, x += step)
+        to[i] = sum_at(rows, x);
+}
+
+/* Elements [next, next + n) of a run that lies in the positions, or the regions, without a question per row. */
+static void gather_straight(const cmb_head *head, const tile_state *t, cmb_list list, int n, int at, cmb_scratch *w) {
+    const bool far_keys = is_scattered(t->tile, list, head->key, head->D);
+    const bool far_values = is_scattered(t->tile, list, head->value, head->Dv);
+    const int64_t row = list.start + (int64_t)list.step * t->next, step = list.step;
+    const bool regions = row >= head->L;
+    const int64_t x = regions ? row - head->L : row;
+    operands(t, regions ? head->region_key : head->key, regions, x, step, n, head->D, far_keys,
+             w->key_row + at * head->D, w->key + at, w);
+    operands(t, regions ? head->region_value : head->value, regions, x, step, n, head->Dv, far_values,
+             w->value_row + at * head->Dv, w->value + at, w);
+    for (int i = 0; i < n; i++) {
+        w->bias[at + i] = 0;
+        w->row[at + i] = (uint32_t)(row + step * i);
+    }
+    if (!w->backward)
+        return;
+    sums_at(regions ? head->grad.region_key : head->grad.key, x, step, n, w->dkey + at);
+    sums_at(regions ? head->grad.region_value : head->grad.value, x, step, n, w->dvalue + at);
+}
+
+static void gather_row(const cmb_head *head, const tile_state *t, cmb_list list, int32_t x, int at, cmb_scratch *w) {
+    const bool far_keys = is_scattered(t->tile, list, head->key, head->D);
+    const bool far_values = is_scattered(t->tile, list, head->value, head->Dv);
+    const int64_t r = x - head->L;
+    w->key[at] = operand(t, key_row(head, x), head->D, far_keys, w->key_row + at * head->D, w);
+    w->value[at] = operand(t, value_row(head, x), head->Dv, far_values, w->value_row + at * head->Dv, w);
+    w->bias[at] = head->plan->size_bias && r >= 0 ? log2((double)head->count[r]) : 0;
+    w->row[at] = (uint32_t)x;
+    if (!w->backward)
+        return;
+    w->dkey[at] = r < 0 ? sum_at(head->grad.key, x) : sum_at(head->grad.region_key, r);
+    w->dvalue[at] = r < 0 ? sum_at(head->grad.value, x) : sum_at(head->grad.region_value, r);
+}
+
 /* The next rows, up to CHUNK of them: pointers, lanes and biases. Rows that are masked or empty are left out. */
 static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
     const cmb_plan *plan = head->plan;
@@ -477,48 +526,27 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
     for (; t->run < t->tile[1].run && n < CHUNK; t->run++, t->next = 0) {
         const cmb_run *run = &plan->run[t->run];
         const uint64_t *mask = run->mask < 0 ? NULL : plan->mask + run->mask;
-        const bool far_keys = is_scattered(t->tile, run->row, head->key, head->D);
-        const bool far_values = is_scattered(t->tile, run->row, head->value, head->Dv);
-        const bool keys = run->row.step && run->row.start < head->L &&
-                          run->row.start + run->row.step * (run->row.count - 1) < head->L;
-        if (keys && head->all_live) { /* the usual run, without a question per row */
-            const int taken = run->row.count - t->next < CHUNK - n ? run->row.count - t->next : CHUNK - n;
-            const int64_t x = run->row.start + run->row.step * t->next;
-            for (int i = 0; i < taken; i++) {
-                const int64_t y = x + run->row.step * i;
-                REAL *key = w->key_row + (n + i) * head->D, *value = w->value_row + (n + i) * head->Dv;
-                w->key[n + i] = operand(t, stored_row(head->key, y), head->D, far_keys, key, w);
-                w->value[n + i] = operand(t, stored_row(head->value, y), head->Dv, far_values, value, w);
-                w->bias[n + i] = 0;
-                w->row[n + i] = (uint32_t)y;
+        const cmb_list list = run->row;
+        const int64_t last = list.start + (int64_t)list.step * (list.count - 1);
+        const bool regions = list.start >= head->L && last >= head->L && !head->pick_key && !plan->size_bias;
+        t->masked |= mask != NULL;
+        if (list.step && head->all_live && (regions || (list.start < head->L && last < head->L))) {
+            const int taken = list.count - t->next < CHUNK - n ? list.count - t->next : CHUNK - n;
+            gather_straight(head, t, list, taken, n, w);
+            for (int i = 0; i < taken; i++)
                 w->lanes[n + i] = mask ? mask[t->next + i] & t->all : t->all;
-            }
-            for (int i = 0; w->backward && i < taken; i++) {
-                w->dkey[n + i] = sum_at(head->grad.key, x + run->row.step * i);
-                w->dvalue[n + i] = sum_at(head->grad.value, x + run->row.step * i);
-            }
             n += taken;
             t->next += taken;
         } else {
-            for (; t->next < run->row.count && n < CHUNK; t->next++) {
-                const int32_t x = cmb_list_at(plan, run->row, t->next);
+            for (; t->next < list.count && n < CHUNK; t->next++) {
+                const int32_t x = cmb_list_at(plan, list, t->next);
                 if (!live(head, x))
                     continue;
-                const int64_t r = x - head->L;
-                w->key[n] = operand(t, key_row(head, x), head->D, far_keys, w->key_row + n * head->D, w);
-                w->value[n] = operand(t, value_row(head, x), head->Dv, far_values, w->value_row + n * head->Dv, w);
-                w->row[n] = (uint32_t)x;
-                w->bias[n] = plan->size_bias && r >= 0 ? log2((double)head->count[r]) : 0;
-                w->lanes[n] = mask ? mask[t->next] & t->all : t->all;
-                if (w->backward) {
-                    w->dkey[n] = r < 0 ? sum_at(head->grad.key, x) : sum_at(head->grad.region_key, r);
-                    w->dvalue[n] = r < 0 ? sum_at(head->grad.value, x) : sum_at(head->grad.region_value, r);
-                }
-                n++;
+                gather_row(head, t, list, x, n, w);
+                w->lanes[n++] = mask ? mask[t->next] & t->all : t->all;
             }
         }
-        t->masked |= mask != NULL;
-        if (t->next < run->row.count)
+        if (t->next < list.count)
             break;
     }
     t->rows = n;
