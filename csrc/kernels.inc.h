@@ -375,19 +375,31 @@ INLINE vec K(greater)(vec x, vec top) {
 /* Features at a time: their maxima are chains of their own, so that none waits for another's. */
 enum { K(chains) = 4 };
 
-/* `nr` vectors of features from d on; of the last only `part` elements, if part > 0. */
-INLINE void K(max_columns)(int nr, int64_t n, const REAL *const *row, int64_t d, int part, REAL *top, bool add) {
-    vec best[K(chains)];
+/* `nr` vectors of features from d on; of the last only `part` elements, if part > 0. False where `careful` is not and
+ * some row is not finite: maximum() passes over a NaN, and nothing is stored. */
+INLINE bool K(max_columns)(int nr, int64_t n, const REAL *const *row, int64_t d, int part, REAL *top, bool add,
+                           bool careful) {
+    vec best[K(chains)], poison[K(chains)]; /* 0 while everything is finite, NaN after */
     const REAL *first = add ? top : row[0];
     UNROLL
-    for (int j = 0; j < nr; j++)
+    for (int j = 0; j < nr; j++) {
         best[j] = part ? load_part(first + d, part) : load(first + d + j * LANES);
-    for (int64_t i = add ? 0 : 1; i < n; i++) {
-        const REAL *x = row[i] + d;
-        UNROLL
-        for (int j = 0; j < nr; j++)
-            best[j] = K(greater)(part ? load_part(x, part) : load(x + j * LANES), best[j]);
+        poison[j] = best[j] * broadcast(0);
     }
+    for (int64_t i = add ? 0 : 1; i < n; i++) {
+        const REAL *y = row[i] + d;
+        UNROLL
+        for (int j = 0; j < nr; j++) {
+            const vec x = part ? load_part(y, part) : load(y + j * LANES);
+            best[j] = careful ? K(greater)(x, best[j]) : maximum(x, best[j]);
+            poison[j] = careful ? poison[j] : fma_vec(x, broadcast(0), poison[j]);
+        }
+    }
+    UNROLL
+    for (int j = 1; j < nr; j++)
+        poison[0] += poison[j];
+    if (!careful && any((bits)(poison[0] != poison[0])))
+        return false;
     UNROLL
     for (int j = 0; j < nr; j++) {
         if (part)
@@ -395,17 +407,23 @@ INLINE void K(max_columns)(int nr, int64_t n, const REAL *const *row, int64_t d,
         else
             store(top + d + j * LANES, best[j]);
     }
+    return true;
 }
+
+#define MAX_COLUMNS(nr, part)                                       \
+    if (!K(max_columns)(nr, n, row, d, part, top, add, false))      \
+        K(max_columns)(nr, n, row, d, part, top, add, true);
 
 static void K(max_pool)(int64_t n, const REAL *const *row, int64_t dim, REAL *top, bool add) {
     int64_t d = 0;
     for (; d + K(chains) * LANES <= dim; d += K(chains) * LANES)
-        K(max_columns)(K(chains), n, row, d, 0, top, add);
+        MAX_COLUMNS(K(chains), 0)
     for (; d + LANES <= dim; d += LANES)
-        K(max_columns)(1, n, row, d, 0, top, add);
+        MAX_COLUMNS(1, 0)
     if (d < dim)
-        K(max_columns)(1, n, row, d, (int)(dim - d), top, add);
+        MAX_COLUMNS(1, (int)(dim - d))
 }
+#undef MAX_COLUMNS
 
 INLINE void K(max_columns_backward)(int nr, int64_t n, const REAL *const *row, int64_t d, int part, const REAL *top,
                                     const REAL *grad, REAL *const *grad_row) {
