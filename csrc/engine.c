@@ -523,9 +523,20 @@ static int64_t slot_of(const schedule *run, int64_t index) {
     return slot;
 }
 
-static void forward_task(const schedule *run, const cmb_head *head, int32_t task, int worker) {
+/* Of another task the tile in the same place, or -1. */
+static int32_t counterpart(const cmb_plan *plan, int32_t tile, int32_t task, int32_t other) {
+    if (other < 0)
+        return -1;
+    tile += plan->task[other].tile - plan->task[task].tile;
+    return tile < plan->task[other + 1].tile ? tile : -1;
+}
+
+/* `ahead` is a task that the worker has before it, or -1. */
+static void forward_task(const schedule *run, const cmb_head *head, int32_t task, int32_t ahead, int worker) {
+    const cmb_plan *plan = head->plan;
     run->stage->pool(head, task, run->scratch[worker]);
-    run->stage->tiles(head, task, run->scratch[worker], run->cancel, worker);
+    for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++)
+        run->stage->tile(head, tile, counterpart(plan, tile, task, ahead), run->scratch[worker], run->cancel, worker);
 }
 
 static void task_of_wave(void *context, int64_t index, int worker) {
@@ -533,7 +544,8 @@ static void task_of_wave(void *context, int64_t index, int worker) {
     /* The last tasks of a causal plan are the longest: they start first. */
     const int64_t last = run->task[run->flying] - 1 - index, slot = slot_of(run, last);
     const cmb_head head = flying_head(run, slot);
-    forward_task(run, &head, head.plan->wave[run->wave] + (int32_t)(last - run->task[slot]), worker);
+    const int32_t first = head.plan->wave[run->wave], t = (int32_t)(last - run->task[slot]);
+    forward_task(run, &head, first + t, t >= run->workers ? first + t - run->workers : -1, worker);
 }
 
 /* The t-th tasks of all waves. The next wave may need what the tasks before did in this one: they began earlier, and
@@ -545,8 +557,9 @@ static void tasks_of_waves(void *context, int64_t index, int worker) {
     const int32_t t = (int32_t)(index - run->task[slot]);
     for (int32_t wave = 0; wave < head.plan->waves; wave++) {
         atomic_int *through = &run->through[slot * run->waves + wave];
-        if (t < tasks_in(head.plan, wave))
-            forward_task(run, &head, head.plan->wave[wave] + t, worker);
+        const int32_t first = head.plan->wave[wave], tasks = tasks_in(head.plan, wave);
+        if (t < tasks)
+            forward_task(run, &head, first + t, t + run->workers < tasks ? first + t + run->workers : -1, worker);
         if (!cmb_wait(through, t, run->cancel, worker))
             return;
         atomic_store_explicit(through, t + 1, memory_order_release);
@@ -701,7 +714,8 @@ static void backward_task(const schedule *run, const cmb_head *head, int32_t tas
     for (int32_t tile = plan->task[task + 1].tile - 1; tile >= plan->task[task].tile; tile--) {
         if (cmb_cancelled(run->cancel, worker))
             return;
-        run->stage->tile_backward(head, tile, run->scratch[worker], NULL, run->cancel, worker);
+        const int32_t ahead = counterpart(plan, tile, task, task - 1);
+        run->stage->tile_backward(head, tile, ahead, run->scratch[worker], NULL, run->cancel, worker);
     }
     if (head->stages & CMB_SUMMARIZE)
         run->stage->pool_backward(head, task, run->scratch[worker], NULL);
@@ -821,7 +835,7 @@ static void backward_item(void *context, int64_t number, int worker) {
         ask_for_pools(head, task, item);
     cmb_entered(item);
     if (is_tile)
-        run->stage->tile_backward(head, tile, run->scratch[worker], item, run->cancel, worker);
+        run->stage->tile_backward(head, tile, -1, run->scratch[worker], item, run->cancel, worker);
     else if (pools)
         run->stage->pool_backward(head, task, run->scratch[worker], item);
     cmb_pass(item, INT64_MAX);

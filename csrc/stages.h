@@ -75,10 +75,12 @@ typedef struct {
                             bool backward);
     void (*pool)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
     void (*pool_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_item *item);
-    void (*tiles)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_cancel *cancel, int worker);
+    /* `ahead` is a tile that the worker has before it, or -1. */
+    void (*tile)(const cmb_head *head, int32_t tile, int32_t ahead, cmb_scratch *scratch, cmb_cancel *cancel,
+                 int worker);
     /* `item`, where several workers share the head, has entered with what the tile or the pools ask for. */
-    void (*tile_backward)(const cmb_head *head, int32_t tile, cmb_scratch *scratch, cmb_item *item, cmb_cancel *cancel,
-                          int worker);
+    void (*tile_backward)(const cmb_head *head, int32_t tile, int32_t ahead, cmb_scratch *scratch, cmb_item *item,
+                          cmb_cancel *cancel, int worker);
     /* Before the first tile every lse is -inf, "nothing attended yet"; after the last one rows that kept it
      * become zeros. `dim` features of `rows`, and of `more` where it has data. */
     void (*begin)(int64_t n, cmb_rows lse);

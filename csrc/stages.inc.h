@@ -32,6 +32,8 @@ enum {
     CHUNK = 384 / (int)sizeof(REAL), /* rows: 96 or 48, so that S, K or V and Q^T share the first-level cache */
     BLOCK = 6,                       /* rows that share one window of lane groups: a micro-kernel's height */
     NIBBLE = 4,                      /* lanes that share one window of rows */
+    SLICE = 12,                      /* rows or lanes of a product between two looks ahead, */
+    LOOK = 2,                        /* and what is fetched then: as many lines as may be under way at once */
 };
 
 static const REAL infinity = (REAL)INFINITY;
@@ -43,11 +45,20 @@ static const double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309
 /* Whether a stored row is not yet numbers to compute with. */
 static const bool widens = sizeof(STORED) < sizeof(REAL);
 
+/* A tile whose rows are fetched while the products of the one at hand run, which leave memory idle: its queries, and
+ * the rows of its last run, which as a rule no other tile has met yet. */
+typedef struct {
+    const cmb_head *head;
+    const cmb_tile *tile; /* or NULL */
+    int32_t next;         /* of its queries and rows */
+} look;
+
 struct cmb_scratch {
     const KERNELS *kernel;
     const cmb_half *half;
     bool backward;
     cmb_item *item;                    /* backward, of a head that workers share: the turns of the tile at hand */
+    look ahead;
     int width;                         /* of the tile at hand */
     REAL *packed;                      /* [D][64] Q^T */
     REAL *s;                           /* [CHUNK][64] */
@@ -251,6 +262,50 @@ static inline REAL *result_row(const cmb_head *head, int64_t x) {
 
 static inline REAL *lse_of(const cmb_head *head, int64_t x) {
     return x < head->L ? at(head->lse, x) : at(head->region_lse, x - head->L);
+}
+
+/* ---- looking ahead ------------------------------------------------------------------------------ */
+
+static void look_at(const cmb_head *head, int32_t tile, cmb_scratch *w) {
+    const cmb_tile *ahead = tile < 0 ? NULL : &head->plan->tile[tile];
+    /* What regions ask with is not pooled yet; narrow tiles have no time to spare. */
+    if (ahead && (cmb_list_at(head->plan, ahead->query, 0) >= head->L || ahead->width <= CMB_GROUP))
+        ahead = NULL;
+    w->ahead = (look){head, ahead, 0};
+}
+
+static inline void fetch(table_row row, int64_t dim) {
+    const char *data = row.number ? (const char *)row.number : (const char *)row.stored;
+    const int64_t bytes = dim * (int64_t)(row.number ? sizeof(REAL) : sizeof(STORED));
+    for (int64_t at = 0; at < bytes; at += 64)
+        __builtin_prefetch(data + at);
+}
+
+static void look_ahead(cmb_scratch *w) {
+    const cmb_head *head = w->ahead.head;
+    const cmb_tile *tile = w->ahead.tile;
+    if (!tile)
+        return;
+    const cmb_list query = tile->query, row = head->plan->run[tile[1].run - 1].row;
+    const int32_t end = w->ahead.next + LOOK;
+    for (int32_t n = w->ahead.next; n < end; n++) {
+        if (n < query.count) {
+            const int32_t x = cmb_list_at(head->plan, query, n);
+            fetch(query_row(head, x), head->D);
+            if (w->backward) {
+                fetch(stored_row(head->out, x), head->Dv);
+                fetch(stored_row(head->grad.out, x), head->Dv);
+            }
+        }
+        if (n < row.count) {
+            const int32_t x = cmb_list_at(head->plan, row, n);
+            fetch(key_row(head, x), head->D);
+            fetch(value_row(head, x), head->Dv);
+        }
+    }
+    w->ahead.next = end;
+    if (end >= query.count && end >= row.count)
+        w->ahead.tile = NULL;
 }
 
 /* ---- pooling ------------------------------------------------------------------------------------ */
@@ -608,11 +663,15 @@ static void row_windows(const cmb_scratch *w, int rows, uint8_t first[16], uint8
 
 /* Elements are numbers, or pairs: of features, of rows or of lanes. */
 static inline void product(const tile_state *t, int64_t m, int64_t n, int64_t k, const REAL *const *a, int64_t a_step,
-                           const REAL *const *b, REAL *const *c, int64_t column, bool add, const cmb_scratch *w) {
-    if (is_paired(t))
-        w->half->product(m, n, k, a, a_step, b, c, column, add);
-    else
-        w->kernel->product(m, n, k, a, a_step, b, c, column, add);
+                           const REAL *const *b, REAL *const *c, int64_t column, bool add, cmb_scratch *w) {
+    for (int64_t i = 0; i < m; i += SLICE) {
+        const int64_t slice = m - i < SLICE ? m - i : SLICE;
+        look_ahead(w);
+        if (is_paired(t))
+            w->half->product(slice, n, k, a + i, a_step, b, c + i, column, add);
+        else
+            w->kernel->product(slice, n, k, a + i, a_step, b, c + i, column, add);
+    }
 }
 
 /* Lanes side by side, feature by feature; pairs are not scaled. */
@@ -941,16 +1000,16 @@ static bool wanted(const cmb_head *head, const cmb_tile *tile) {
     return head->stages & (regions ? CMB_SUMMARIZE : CMB_ATTEND);
 }
 
-static void tiles(const cmb_head *head, int32_t task, cmb_scratch *w, cmb_cancel *cancel, int worker) {
-    const cmb_plan *plan = head->plan;
-    for (int32_t i = plan->task[task].tile; i < plan->task[task + 1].tile; i++) {
-        if (!wanted(head, &plan->tile[i]))
-            continue;
-        if (plan->tile[i].width == 1)
-            row_tile(head, &plan->tile[i], w, cancel, worker);
-        else
-            lane_tile(head, &plan->tile[i], false, w, cancel, worker);
-    }
+static void tile_forward(const cmb_head *head, int32_t number, int32_t ahead, cmb_scratch *w, cmb_cancel *cancel,
+                         int worker) {
+    const cmb_tile *tile = &head->plan->tile[number];
+    if (!wanted(head, tile))
+        return;
+    look_at(head, ahead, w);
+    if (tile->width == 1)
+        row_tile(head, tile, w, cancel, worker);
+    else
+        lane_tile(head, tile, false, w, cancel, worker);
 }
 
 /* ---- backward ----------------------------------------------------------------------------------- */
@@ -1105,11 +1164,12 @@ static void row_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_sc
     }
 }
 
-static void tile_backward(const cmb_head *head, int32_t number, cmb_scratch *w, cmb_item *item, cmb_cancel *cancel,
-                          int worker) {
+static void tile_backward(const cmb_head *head, int32_t number, int32_t ahead, cmb_scratch *w, cmb_item *item,
+                          cmb_cancel *cancel, int worker) {
     const cmb_tile *tile = &head->plan->tile[number];
     if (!wanted(head, tile))
         return;
+    look_at(head, ahead, w);
     w->item = item;
     if (tile->width == 1)
         row_tile_backward(head, tile, w, cancel, worker);
@@ -1177,7 +1237,7 @@ const cmb_stage_table *NAME2(cmb_stages, FORMAT)(void) {
         .scratch = take_scratch,
         .pool = pool,
         .pool_backward = pool_backward,
-        .tiles = tiles,
+        .tile = tile_forward,
         .tile_backward = tile_backward,
         .begin = begin,
         .finish = finish,
