@@ -196,7 +196,7 @@ static void build_mixture(const grid *g) {
 
 /* Region t: the row of t, which takes the query and key of t, else of the nearest unmasked position before it, else of
  * the nearest after it: the first of those up to t, leftwards, then of those after it. */
-static void summarize_row_at(const grid *g, int64_t r) {
+static void pool_row_at(const grid *g, int64_t r) {
     cmb_build *build = g->build;
     int64_t length = row_length(g, r), region = g->L + r * g->m;
     int64_t before = 2 * g->L, after = before + g->m;
@@ -207,15 +207,24 @@ static void summarize_row_at(const grid *g, int64_t r) {
         cmb_build_pool(build, after + c, c < length - 1 ? pair(row.start + c, after + c + 1) : one(row.start + c));
     for (int64_t c = 0; c < length; c++)
         cmb_build_pool(build, region + c, c < length - 1 ? pair(before + c, after + c + 1) : one(before + c));
-    cmb_list regions = row_of(g, g->L, r, cmb_least(length, seen_columns(g, r)));
-    cmb_build_attend(build, regions, &(cmb_look){row, CMB_EVERY}, 1);
+}
+
+/* A row's queries attend it, and then what stands for it asks with the same: the engine lets each go on where the other
+ * ended. */
+static void attend_and_summarize_row(const grid *g, int64_t r) {
+    cmb_list row = row_of(g, 0, r, row_length(g, r));
+    cmb_list regions = row_of(g, g->L, r, cmb_least(row.count, seen_columns(g, r)));
+    for (int64_t a = 0; a < row.count; a += CMB_TILE) {
+        cmb_build_attend_from(g->build, row, a, &(cmb_look){row, g->is_causal ? CMB_UP_TO : CMB_EVERY}, 1);
+        cmb_build_attend_from(g->build, regions, a, &(cmb_look){row, CMB_EVERY}, 1);
+    }
 }
 
 static void build_rowmajor(const grid *g) {
     cmb_build_wave(g->build);
     for (int64_t r = 0; r < g->n && cmb_build_task(g->build); r++) {
-        summarize_row_at(g, r);
-        attend_row(g, r, 0, 0);
+        pool_row_at(g, r);
+        attend_and_summarize_row(g, r);
     }
     cmb_build_wave(g->build);
     for (int64_t c = 0; c < g->m && cmb_build_task(g->build); c++) {

@@ -735,10 +735,10 @@ static void backward_unit(void *context, int64_t index, int worker) {
         for (int32_t task = 0; task < plan->tasks && !cmb_cancelled(run->cancel, worker); task++)
             run->stage->pool(&head, task, scratch);
         if (plan->is_fusible)
-            for (int32_t t = longest_wave(plan) - 1; t >= 0; t--)
+            for (int32_t n = longest_wave(plan) - 1; n >= 0; n--)
                 for (int32_t wave = plan->waves - 1; wave >= 0; wave--)
-                    if (t < tasks_in(plan, wave))
-                        backward_task(run, &head, plan->wave[wave] + t, worker);
+                    if (n < tasks_in(plan, wave))
+                        backward_task(run, &head, plan->wave[wave] + n, worker);
         for (int32_t task = plan->tasks - 1; !plan->is_fusible && task >= 0; task--)
             backward_task(run, &head, task, worker);
         if (cmb_cancelled(run->cancel, worker))

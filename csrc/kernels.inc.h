@@ -410,8 +410,8 @@ INLINE bool K(max_columns)(int nr, int64_t n, const REAL *const *row, int64_t d,
     return true;
 }
 
-#define MAX_COLUMNS(nr, part)                                       \
-    if (!K(max_columns)(nr, n, row, d, part, top, add, false))      \
+#define MAX_COLUMNS(nr, part)                                  \
+    if (!K(max_columns)(nr, n, row, d, part, top, add, false)) \
         K(max_columns)(nr, n, row, d, part, top, add, true);
 
 static void K(max_pool)(int64_t n, const REAL *const *row, int64_t dim, REAL *top, bool add) {

@@ -334,33 +334,36 @@ static void look_at(cmb_build *build, cmb_look look, int64_t a, int64_t n) {
     }
 }
 
-void cmb_build_attend(cmb_build *build, cmb_list query, const cmb_look *look, int looks) {
+void cmb_build_attend_from(cmb_build *build, cmb_list query, int64_t a, const cmb_look *look, int looks) {
     enum { MOST = 3 };
-    for (int64_t a = 0; a < query.count && !build->status; a += CMB_TILE) {
-        int64_t n = cmb_least(CMB_TILE, query.count - a), rows = 0;
-        int32_t row[MOST * CMB_TILE];
-        uint64_t mask[MOST * CMB_TILE];
-        cmb_list end = {0, 1, 0};
-        int ends = 0;
-        bool is_empty = true;
-        for (int k = 0; k < looks; k++) {
-            is_empty = is_empty && !sees_something(look[k], a, n);
-            ends += look[k].sight == CMB_UP_TO;
-        }
-        if (is_empty)
-            continue;
-        cmb_build_tile(build, cmb_cut(query, a, a + n), cmb_lanes_for(n));
-        for (int k = 0; k < looks; k++)
-            look_at(build, look[k], a, n);
-        for (int64_t e = a; e < a + n; e++)
-            for (int k = 0; k < looks; k++)
-                if (look[k].sight == CMB_UP_TO && e < look[k].row.count) {
-                    row[rows] = (int32_t)(look[k].row.start + e * look[k].row.step);
-                    mask[rows++] = cmb_lanes(e - a, n);
-                    end = cmb_cut(look[k].row, a, a + n);
-                }
-        cmb_build_masked_run(build, ends > 1 ? cmb_build_list(build, row, rows) : end, mask);
+    int64_t n = cmb_least(CMB_TILE, query.count - a), rows = 0;
+    int32_t row[MOST * CMB_TILE];
+    uint64_t mask[MOST * CMB_TILE];
+    cmb_list end = {0, 1, 0};
+    int ends = 0;
+    bool is_empty = true;
+    for (int k = 0; k < looks; k++) {
+        is_empty = is_empty && !sees_something(look[k], a, n);
+        ends += look[k].sight == CMB_UP_TO;
     }
+    if (n < 1 || is_empty)
+        return;
+    cmb_build_tile(build, cmb_cut(query, a, a + n), cmb_lanes_for(n));
+    for (int k = 0; k < looks; k++)
+        look_at(build, look[k], a, n);
+    for (int64_t e = a; e < a + n; e++)
+        for (int k = 0; k < looks; k++)
+            if (look[k].sight == CMB_UP_TO && e < look[k].row.count) {
+                row[rows] = (int32_t)(look[k].row.start + e * look[k].row.step);
+                mask[rows++] = cmb_lanes(e - a, n);
+                end = cmb_cut(look[k].row, a, a + n);
+            }
+    cmb_build_masked_run(build, ends > 1 ? cmb_build_list(build, row, rows) : end, mask);
+}
+
+void cmb_build_attend(cmb_build *build, cmb_list query, const cmb_look *look, int looks) {
+    for (int64_t a = 0; a < query.count && !build->status; a += CMB_TILE)
+        cmb_build_attend_from(build, query, a, look, looks);
 }
 
 cmb_status cmb_build_end(cmb_build *build, cmb_plan **plan, cmb_error *error) {

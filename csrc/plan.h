@@ -56,6 +56,8 @@ typedef struct {
  * several of CMB_UP_TO, have a step. What comes after the queries of a list cut short stands at the end, element by
  * element, so that the others keep their places. */
 void cmb_build_attend(cmb_build *build, cmb_list query, const cmb_look *look, int looks);
+/* The tile of those from the a-th on alone. */
+void cmb_build_attend_from(cmb_build *build, cmb_list query, int64_t a, const cmb_look *look, int looks);
 
 /* The finished plan, or NULL and the first failure. Releases whatever the build held. */
 cmb_status cmb_build_end(cmb_build *build, cmb_plan **plan, cmb_error *error);

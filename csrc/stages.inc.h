@@ -57,8 +57,10 @@ struct cmb_scratch {
     const KERNELS *kernel;
     const cmb_half *half;
     bool backward;
-    cmb_item *item;                    /* backward, of a head that workers share: the turns of the tile at hand */
+    cmb_item *item; /* backward, of a head that workers share: the turns of the tile at hand */
     look ahead;
+    uint64_t seen;                     /* of the lanes, those that have seen something */
+    const cmb_tile *ended;             /* the tile whose end packed, state and sum hold, if it began with nothing */
     int width;                         /* of the tile at hand */
     REAL *packed;                      /* [D][64] Q^T */
     REAL *s;                           /* [CHUNK][64] */
@@ -471,15 +473,17 @@ static void pool_backward(const cmb_head *head, int32_t task, cmb_scratch *w, cm
 
 typedef struct {
     const cmb_tile *tile;
-    int n;             /* lanes */
-    bool regions;      /* its queries are regions: summarising */
-    bool weighted;     /* and their keys are sums too */
-    bool dropout;      /* some of its weights fall */
-    bool paired;       /* its rows and queries, and the weights in sums, are multiplied in pairs */
-    uint64_t all;      /* lanes that take part at all */
-    int32_t run, next; /* where the gathering stands */
-    bool masked;       /* of the chunk gathered last: some lane does not see some row */
-    int rows;          /* of that chunk */
+    int n;                      /* lanes */
+    bool regions;               /* its queries are regions: summarising */
+    bool weighted;              /* and their keys are sums too */
+    bool dropout;               /* some of its weights fall */
+    bool paired;                /* its rows and queries, and the weights in sums, are multiplied in pairs */
+    uint64_t all;               /* lanes that take part at all */
+    int32_t run, next;          /* where the gathering stands */
+    const uint64_t *had;        /* where it goes on for another tile: masks of rows that this one had attended, */
+    int32_t had_first, had_end; /* elements [had_first, had_end) of its run */
+    bool masked;                /* of the chunk gathered last: some lane does not see some row */
+    int rows;                   /* of that chunk */
 } tile_state;
 
 /* False where the compiler can see it: products of numbers are to ask nothing. */
@@ -572,6 +576,17 @@ static void gather_row(const cmb_head *head, const tile_state *t, cmb_list list,
     w->dvalue[at] = r < 0 ? sum_at(head->grad.value, x) : sum_at(head->grad.region_value, r);
 }
 
+static inline int64_t last_of(cmb_list list) { return list.start + (int64_t)list.step * (list.count - 1); }
+
+static inline bool are_positions(const cmb_head *head, cmb_list list) {
+    return list.step && list.start < head->L && last_of(list) < head->L;
+}
+
+/* The lanes that have attended a row of the tile's run already. */
+static inline uint64_t had_by(const tile_state *t, int32_t n) {
+    return n >= t->had_first && n < t->had_end && t->had ? t->had[n - t->had_first] : 0;
+}
+
 /* The next rows, up to CHUNK of them: pointers, lanes and biases. Rows that are masked or empty are left out. */
 static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
     const cmb_plan *plan = head->plan;
@@ -582,14 +597,15 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
         const cmb_run *run = &plan->run[t->run];
         const uint64_t *mask = run->mask < 0 ? NULL : plan->mask + run->mask;
         const cmb_list list = run->row;
-        const int64_t last = list.start + (int64_t)list.step * (list.count - 1);
-        const bool regions = list.start >= head->L && last >= head->L && !head->pick_key && !plan->size_bias;
-        t->masked |= mask != NULL;
-        if (list.step && head->all_live && (regions || (list.start < head->L && last < head->L))) {
+        const bool are_regions = list.step && list.start >= head->L && last_of(list) >= head->L;
+        t->masked |= mask != NULL || t->next < t->had_end;
+        if (head->all_live && (are_positions(head, list) || (are_regions && !head->pick_key && !plan->size_bias))) {
             const int taken = list.count - t->next < CHUNK - n ? list.count - t->next : CHUNK - n;
             gather_straight(head, t, list, taken, n, w);
             for (int i = 0; i < taken; i++)
                 w->lanes[n + i] = mask ? mask[t->next + i] & t->all : t->all;
+            for (int i = 0; i < taken && t->next + i < t->had_end; i++)
+                w->lanes[n + i] &= ~had_by(t, t->next + i);
             n += taken;
             t->next += taken;
         } else {
@@ -598,7 +614,7 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
                 if (!live(head, x))
                     continue;
                 gather_row(head, t, list, x, n, w);
-                w->lanes[n++] = mask ? mask[t->next] & t->all : t->all;
+                w->lanes[n++] = (mask ? mask[t->next] & t->all : t->all) & ~had_by(t, t->next);
             }
         }
         if (t->next < list.count)
@@ -873,36 +889,88 @@ static void logits(const cmb_head *head, const tile_state *t, bool clear, cmb_sc
     add_bias(head, t, w->width, w);
 }
 
-static void lane_tile(const cmb_head *head, const cmb_tile *tile, bool exact, cmb_scratch *w, cmb_cancel *cancel,
-                      int worker) {
-    tile_state t = begin_tile(head, tile, w);
-    w->width = tile->width;
-    REAL *m = w->state, *l = m + WIDEST, *alpha = l + WIDEST;
-    const int64_t dim = head->Dv + (t.weighted ? head->D : 0);
-    uint64_t seen = 0;
-    bool started = false;
-    if (!t.all)
-        return;
-    for (int lane = 0; lane < t.n; lane++) {
-        const table_row query = query_row(head, cmb_list_at(head->plan, tile->query, live_lane(&t, lane)));
-        w->lane_in[lane] = operand(&t, query, head->D, false, w->query_row + lane * head->D, w);
-        w->lane_out[lane] = w->sum + lane * dim;
-        resume(head, &t, lane, m + lane, l + lane, w->lane_out[lane], &seen);
-        started |= l[lane] > 0;
+/* The tile before, where regions ask with its queries for rows of which it attends the first (what stands for a row
+ * asks as its queries do): their softmax goes on from where that tile ends. Else NULL. */
+static const cmb_tile *beginning(const cmb_head *head, tile_state *t) {
+    const cmb_plan *plan = head->plan;
+    const cmb_tile *tile = t->tile, *before = tile - 1;
+    if (!t->regions || t->weighted || !head->pick_query || tile == plan->tile ||
+        tile->query.count > before->query.count)
+        return NULL;
+    for (int i = 0; i < t->n; i++)
+        if (head->pick[cmb_list_at(plan, tile->query, i) - head->L] != cmb_list_at(plan, before->query, i))
+            return NULL;
+    const cmb_run *run = &plan->run[tile->run];
+    const cmb_list row = run->row;
+    if (tile[1].run - tile->run != 1 || run->mask >= 0 || !are_positions(head, row))
+        return NULL;
+    const uint64_t *had = NULL;
+    int32_t first = 0, end = 0;
+    for (int32_t n = before->run; n < before[1].run; n++) {
+        const cmb_run *next = &plan->run[n];
+        const bool fits = next->row.start == row.start + row.step * end &&
+                          (next->row.step == row.step || next->row.count == 1) && next->row.count <= row.count - end;
+        if (!fits || had)
+            return NULL;
+        if (next->mask >= 0) {
+            had = plan->mask + next->mask;
+            first = end;
+        }
+        end += next->row.count;
     }
-    for (int lane = t.n; lane < w->width; lane++) {
+    t->had = had;
+    t->had_first = first;
+    t->had_end = end;
+    t->next = had ? first : end;
+    if (t->next == row.count) {
+        t->run++;
+        t->next = 0;
+    }
+    return before;
+}
+
+/* Packs the queries and begins their softmax, where earlier tiles left it or `afresh`. */
+static void begin_lanes(const cmb_head *head, tile_state *t, bool afresh, cmb_scratch *w) {
+    REAL *m = w->state, *l = m + WIDEST;
+    const int64_t dim = head->Dv + (t->weighted ? head->D : 0);
+    w->width = t->tile->width;
+    w->seen = 0;
+    w->ended = t->dropout ? NULL : t->tile;
+    for (int lane = 0; lane < t->n; lane++) {
+        const table_row query = query_row(head, cmb_list_at(head->plan, t->tile->query, live_lane(t, lane)));
+        w->lane_in[lane] = operand(t, query, head->D, false, w->query_row + lane * head->D, w);
+        w->lane_out[lane] = w->sum + lane * dim;
+        if (!afresh)
+            resume(head, t, lane, m + lane, l + lane, w->lane_out[lane], &w->seen);
+        if (!afresh && l[lane] > 0)
+            w->ended = NULL;
+    }
+    for (int lane = afresh ? 0 : t->n; lane < w->width; lane++) {
         m[lane] = -infinity;
         l[lane] = 0;
     }
-    pack(&t, w->lane_in, head->D, (REAL)(head->scale * log2_e), w->packed, w);
+    if (afresh)
+        memset(w->sum, 0, (size_t)(t->n * dim) * sizeof(REAL));
+    if (w->seen)
+        w->ended = NULL;
+    pack(t, w->lane_in, head->D, (REAL)(head->scale * log2_e), w->packed, w);
+}
 
-    for (; gather(head, &t, w); started = true) {
+/* Takes the rows still to come into the lanes' softmax and sums; false where the call is cancelled. */
+static bool attend_rows(const cmb_head *head, tile_state *t, bool exact, cmb_scratch *w, cmb_cancel *cancel,
+                        int worker) {
+    REAL *m = w->state, *l = m + WIDEST, *alpha = l + WIDEST;
+    const int64_t dim = head->Dv + (t->weighted ? head->D : 0);
+    bool started = false;
+    for (int lane = 0; lane < t->n; lane++)
+        started |= l[lane] > 0;
+    for (; gather(head, t, w); started = true) {
         if (cmb_cancelled(cancel, worker))
-            return;
-        logits(head, &t, false, w);
+            return false;
+        logits(head, t, false, w);
         for (int lane = 0; lane < w->width; lane += CMB_GROUP) {
-            int begin = 0, end = t.rows;
-            if (t.masked) { /* the rows that this group sees */
+            int begin = 0, end = t->rows;
+            if (t->masked) { /* the rows that this group sees */
                 const uint64_t group = UINT64_C(0xffff) << lane;
                 while (begin < end && !(w->lanes[begin] & group))
                     begin++;
@@ -911,34 +979,58 @@ static void lane_tile(const cmb_head *head, const cmb_tile *tile, bool exact, cm
             }
             if (begin == end)
                 continue;
-            begin -= begin % each(&t); /* whole pairs: of the other row, zeros */
-            end += end < t.rows ? end % each(&t) : 0;
+            begin -= begin % each(t); /* whole pairs: of the other row, zeros */
+            end += end < t->rows ? end % each(t) : 0;
             const bool changed = w->kernel->softmax(end - begin, w->s + begin * w->width, w->width,
-                                                    t.masked ? w->lanes + begin : NULL, lane, m, l, alpha);
-            for (int i = lane; changed && started && i < lane + CMB_GROUP && i < t.n; i++)
+                                                    t->masked ? w->lanes + begin : NULL, lane, m, l, alpha);
+            for (int i = lane; changed && started && i < lane + CMB_GROUP && i < t->n; i++)
                 if (alpha[i] != 1)
                     w->kernel->scale(dim, w->lane_out[i], alpha[i]);
         }
-        for (int i = 0; i < t.rows; i++)
-            seen |= w->lanes[i];
-        if (t.dropout) {
-            draw_dropout(head, &t, w->width, w);
-            drop(&t, w->width, w->s, w);
+        for (int i = 0; i < t->rows; i++)
+            w->seen |= w->lanes[i];
+        if (t->dropout) {
+            draw_dropout(head, t, w->width, w);
+            drop(t, w->width, w->s, w);
         }
-        lane_sums(&t, w->s, w->value, head->Dv, w->lane_out, exact, w);
-        if (t.weighted) {
+        lane_sums(t, w->s, w->value, head->Dv, w->lane_out, exact, w);
+        if (t->weighted) {
             REAL *key_sum[WIDEST];
-            for (int lane = 0; lane < t.n; lane++)
+            for (int lane = 0; lane < t->n; lane++)
                 key_sum[lane] = w->lane_out[lane] + head->Dv;
-            lane_sums(&t, w->s, w->key, head->D, key_sum, exact, w);
+            lane_sums(t, w->s, w->key, head->D, key_sum, exact, w);
         }
     }
+    return true;
+}
+
+static void lane_tile(const cmb_head *head, const cmb_tile *tile, bool exact, cmb_scratch *w, cmb_cancel *cancel,
+                      int worker) {
+    tile_state t = begin_tile(head, tile, w);
+    if (!t.all)
+        return;
+    const cmb_tile *before = beginning(head, &t);
+    if (!before)
+        begin_lanes(head, &t, false, w);
+    else if (w->ended != before) { /* as that tile begins, whether or not it is wanted itself */
+        tile_state first = begin_tile(head, before, w);
+        first.dropout = false;
+        begin_lanes(head, &first, true, w);
+        if (!attend_rows(head, &first, exact, w, cancel, worker))
+            return;
+    }
+    if (!attend_rows(head, &t, exact, w, cancel, worker))
+        return;
+    const int64_t dim = head->Dv + (t.weighted ? head->D : 0);
     if (!exact && !w->kernel->finite(t.n * dim, w->sum)) {
+        w->ended = NULL;
         lane_tile(head, tile, true, w, cancel, worker); /* nothing is stored yet */
         return;
     }
     for (int lane = 0; lane < t.n; lane++)
-        conclude(head, &t, lane, m[lane], l[lane], w->lane_out[lane], seen, w);
+        conclude(head, &t, lane, w->state[lane], w->state[WIDEST + lane], w->lane_out[lane], w->seen, w);
+    if (before) /* which have gone on */
+        w->ended = NULL;
 }
 
 /* One query: rows it does not see are left out, so nothing needs a mask. */
@@ -961,6 +1053,7 @@ static int visible_rows(const tile_state *t, cmb_scratch *w) {
 
 static void row_tile(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w, cmb_cancel *cancel, int worker) {
     tile_state t = begin_tile(head, tile, w);
+    w->ended = NULL;
     REAL m, l, *sum = w->sum, *key_sum = sum + head->Dv, *query = w->line;
     const REAL *s = w->s;
     uint64_t seen = 0;

@@ -1095,7 +1095,7 @@ static void test_check_refuses(void) {
     damage(&plan->tile[1].query.start, 100);
     CHECK(cmb_plan_check(plan, NULL) == CMB_ERR_VALUE);
     expect_broken(plan, "attends region 1 before it is summarized");
-    plan = make_writable(FIXED, 100, true);
+    plan = make_writable(FIXED, 400, true);
     damage(&plan->tile[plan->tiles - 1].query.start, 0);
     expect_broken(plan, "belongs to another task of its wave");
     plan = make_writable(FIXED, 100, true);
