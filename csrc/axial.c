@@ -72,30 +72,46 @@ static void attend_row(const grid *g, int64_t r, int64_t up, int64_t down) {
 
 /* ---- parts of columns ---- */
 
+enum { COLUMNS = 8 }; /* neighbours that a task takes together: of each row so many positions lie side by side */
+
 /* Rows up + t: the column of t down to t; down + t, unless causal: from t on. */
+static void pool_columns(const grid *g, int64_t c, int64_t end, int64_t up, int64_t down) {
+    const int64_t m = g->m;
+    for (int64_t r = 0; r < g->n; r++)
+        for (int64_t t = r * m + c; t < cmb_least(r * m + end, g->L); t++)
+            cmb_build_pool(g->build, up + t, r == 0 ? one(t) : pair(up + t - m, t));
+    for (int64_t r = g->n - 1; down && r >= 0; r--)
+        for (int64_t t = r * m + c; t < cmb_least(r * m + end, g->L); t++)
+            cmb_build_pool(g->build, down + t, t + m >= g->L ? one(t) : pair(t, down + t + m));
+}
+
 static void summarize_column(const grid *g, int64_t c, int64_t up, int64_t down) {
-    cmb_build *build = g->build;
     cmb_list column = column_of(g, 0, c);
-    int64_t m = g->m, end = c + column.count * m;
-    for (int64_t t = c; t < end; t += m)
-        cmb_build_pool(build, up + t, t == c ? one(t) : pair(up + t - m, t));
-    for (int64_t t = end - m; down && t >= 0; t -= m)
-        cmb_build_pool(build, down + t, t == end - m ? one(t) : pair(t, down + t + m));
     /* The row below a part sees it from the other columns, which a last row of one position lacks. */
     int64_t parts = g->n - 1 - (c == 0 && g->last == 1);
-    if (m > 1)
-        cmb_build_attend(build, cmb_cut(column_of(g, up, c), 0, parts), &(cmb_look){column, CMB_UP_TO}, 1);
-    if (m > 1 && down)
-        cmb_build_attend(build, cmb_cut(column_of(g, down, c), 1, column.count), &(cmb_look){column, CMB_BEHIND}, 1);
+    if (g->m == 1)
+        return;
+    cmb_build_attend(g->build, cmb_cut(column_of(g, up, c), 0, parts), &(cmb_look){column, CMB_UP_TO}, 1);
+    if (down)
+        cmb_build_attend(g->build, cmb_cut(column_of(g, down, c), 1, column.count), &(cmb_look){column, CMB_BEHIND}, 1);
+}
+
+static void build_columns(const grid *g, int64_t up, int64_t down, bool attended) {
+    cmb_build_wave(g->build);
+    for (int64_t first = 0; first < g->m && cmb_build_task(g->build); first += COLUMNS) {
+        const int64_t end = cmb_least(first + COLUMNS, g->m);
+        pool_columns(g, first, end, up, down);
+        for (int64_t c = first; c < end; c++) {
+            summarize_column(g, c, up, down);
+            if (attended)
+                attend_column(g, c);
+        }
+    }
 }
 
 static void build_vertical(const grid *g) {
     int64_t up = g->L, down = g->is_causal ? 0 : 2 * g->L;
-    cmb_build_wave(g->build);
-    for (int64_t c = 0; c < g->m && cmb_build_task(g->build); c++) {
-        summarize_column(g, c, up, down);
-        attend_column(g, c);
-    }
+    build_columns(g, up, down, true);
     cmb_build_wave(g->build);
     for (int64_t r = 0; r < g->n && cmb_build_task(g->build); r++)
         attend_row(g, r, up, down);
@@ -174,9 +190,7 @@ static void summarize_row_halves(const grid *g, int64_t r, int64_t left, int64_t
 static void build_mixture(const grid *g) {
     int64_t up = g->L, down = g->is_causal ? 0 : 2 * g->L;
     int64_t left = (g->is_causal ? 2 : 3) * g->L, right = left + g->n * g->width;
-    cmb_build_wave(g->build);
-    for (int64_t c = 0; c < g->m && cmb_build_task(g->build); c++)
-        summarize_column(g, c, up, down);
+    build_columns(g, up, down, false);
     cmb_build_wave(g->build);
     for (int64_t r = 0; r < g->n && cmb_build_task(g->build); r++) {
         summarize_row_halves(g, r, left, right);

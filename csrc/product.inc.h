@@ -63,15 +63,14 @@ typedef void P(micro_kernel)(int64_t k, const REAL *const *a, int64_t a_step, co
         P(micro)(mr, nr, k, a, a_step, b, c, column, part, add);                                                   \
     }
 /* clang-format off */
-MICRO(12, 1) MICRO(8, 1) MICRO(4, 1) MICRO(2, 1) MICRO(1, 1)
-MICRO(4, 2) MICRO(2, 2) MICRO(1, 2)
+MICRO(12, 1) MICRO(8, 1) MICRO(6, 1) MICRO(4, 1) MICRO(2, 1) MICRO(1, 1)
+MICRO(6, 2) MICRO(4, 2) MICRO(2, 2) MICRO(1, 2)
 #if REGISTERS >= 24
 MICRO(12, 2) MICRO(8, 2)
-MICRO(8, 3) MICRO(4, 3) MICRO(2, 3) MICRO(1, 3)
+MICRO(8, 3) MICRO(6, 3) MICRO(4, 3) MICRO(2, 3) MICRO(1, 3)
 MICRO(6, 4) MICRO(4, 4) MICRO(2, 4) MICRO(1, 4)
 enum { P(widest) = 4 };
 #else
-MICRO(6, 2)
 enum { P(widest) = 2 };
 #endif
 #undef MICRO
@@ -82,11 +81,11 @@ typedef struct {
     P(micro_kernel) *whole, *part;
 } P(step);
 #define STEP(mr, nr) {mr, P(micro_##mr##x##nr), P(micro_part_##mr##x##nr)}
-static const P(step) P(steps)[4][5] = {
-    {STEP(12, 1), STEP(8, 1), STEP(4, 1), STEP(2, 1), STEP(1, 1)},
+static const P(step) P(steps)[4][6] = {
+    {STEP(12, 1), STEP(8, 1), STEP(6, 1), STEP(4, 1), STEP(2, 1), STEP(1, 1)},
 #if REGISTERS >= 24
-    {STEP(12, 2), STEP(8, 2), STEP(4, 2), STEP(2, 2), STEP(1, 2)},
-    {STEP(8, 3), STEP(4, 3), STEP(2, 3), STEP(1, 3)},
+    {STEP(12, 2), STEP(8, 2), STEP(6, 2), STEP(4, 2), STEP(2, 2), STEP(1, 2)},
+    {STEP(8, 3), STEP(6, 3), STEP(4, 3), STEP(2, 3), STEP(1, 3)},
     {STEP(6, 4), STEP(4, 4), STEP(2, 4), STEP(1, 4)},
 #else
     {STEP(6, 2), STEP(4, 2), STEP(2, 2), STEP(1, 2)},
