@@ -207,6 +207,7 @@ typedef struct {
         void *query_grad, *key_grad, *value_grad;
     } position;
     int32_t *count, *pick;
+    int32_t *order; /* backward: [tasks] as one thread takes them forward */
     struct {
         uint8_t *query, *key, *value, *region_query, *region_key, *region_value;
     } stale; /* of the gradients */
@@ -216,8 +217,8 @@ typedef struct {
     const cmb_problem *problem;
     const cmb_gradients *gradients;
     const cmb_stage_table *stage;
-    bool widens;               /* the caller's elements are narrower than those computed with */
-    int64_t L, R, N, children; /* the largest of the segments' and plans' */
+    bool widens;                      /* the caller's elements are narrower than those computed with */
+    int64_t L, R, N, children, tasks; /* the largest of the segments' and plans' */
     int64_t segments;
     segment *segment; /* [segments] */
     int64_t units;    /* heads of segments forward, key heads backward */
@@ -229,6 +230,7 @@ typedef struct {
     cmb_scratch **scratch; /* [workers] */
     cmb_turns *turns;      /* where workers share a head, else NULL */
     cmb_item *item;        /* [workers] */
+    int32_t *first_item;   /* [tasks + 1] of each task in order */
     int64_t first, flying; /* forward: the group of heads at hand */
     int32_t waves, wave;   /* the most of a plan, and the one at hand */
     int64_t *task;         /* [slots + 1] first index of each head's tasks in this wave */
@@ -271,6 +273,7 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
             t.position.value_grad = cmb_take(arena, wide_L, dv);
         } else if (attend)
             t.position.result = cmb_take(arena, wide_L, dv);
+        t.order = cmb_take(arena, backward ? (size_t)run->tasks : 0, sizeof(int32_t));
         if (backward) {
             uint8_t **const stale[] = {&t.stale.query,        &t.stale.key,        &t.stale.value,
                                        &t.stale.region_query, &t.stale.region_key, &t.stale.region_value};
@@ -290,6 +293,7 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
     if (backward && run->shared > 0) {
         const size_t blocks = 2 * (size_t)cmb_blocks(run->L + run->R);
         cmb_turns *turns = cmb_take(arena, 1, sizeof *turns);
+        run->first_item = cmb_take(arena, (size_t)run->tasks + 1, sizeof *run->first_item);
         cmb_item *item = cmb_take(arena, (size_t)run->workers, sizeof *item);
         cmb_turns t = {.asked = cmb_take(arena, blocks, sizeof *t.asked),
                        .through = cmb_take(arena, blocks, sizeof *t.through)};
@@ -351,6 +355,7 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
         run->waves = plan->waves > run->waves ? plan->waves : run->waves;
         run->fused = run->fused && plan->is_fusible;
         tasks = cmb_least(tasks, longest_wave(plan));
+        run->tasks = plan->tasks > run->tasks ? plan->tasks : run->tasks;
         run->N = plan->N > run->N ? plan->N : run->N;
         for (int32_t s = 0; s < plan->pools; s++)
             run->children = plan->pool[s].child.count > run->children ? plan->pool[s].child.count : run->children;
@@ -700,12 +705,23 @@ static void end_gradients(const schedule *run, const cmb_head *head, const unit 
     }
 }
 
+/* Tasks in the order in which one thread takes them forward; backward takes the reverse. */
+static void order_tasks(const cmb_plan *plan, int32_t *order) {
+    for (int32_t task = 0; task < plan->tasks; task++)
+        order[task] = task;
+    for (int32_t t = 0, n = 0; plan->is_fusible && n < plan->tasks; t++)
+        for (int32_t wave = 0; wave < plan->waves; wave++)
+            if (t < tasks_in(plan, wave))
+                order[n++] = plan->wave[wave] + t;
+}
+
 /* A query head of the unit, ready for its tasks but for the pools; worker's is the scratch used. */
 static cmb_head begin_backward(const schedule *run, const tables *t, const unit *u, int worker) {
     cmb_head head = make_head(run, t, u);
     begin_gradients(run, &head, t, u, worker);
     widen_regions(run, &head, u, true, worker);
     clear_counts(&head);
+    order_tasks(head.plan, t->order);
     return head;
 }
 
@@ -734,13 +750,8 @@ static void backward_unit(void *context, int64_t index, int worker) {
         const cmb_plan *plan = head.plan;
         for (int32_t task = 0; task < plan->tasks && !cmb_cancelled(run->cancel, worker); task++)
             run->stage->pool(&head, task, scratch);
-        if (plan->is_fusible)
-            for (int32_t n = longest_wave(plan) - 1; n >= 0; n--)
-                for (int32_t wave = plan->waves - 1; wave >= 0; wave--)
-                    if (n < tasks_in(plan, wave))
-                        backward_task(run, &head, plan->wave[wave] + n, worker);
-        for (int32_t task = plan->tasks - 1; !plan->is_fusible && task >= 0; task--)
-            backward_task(run, &head, task, worker);
+        for (int32_t n = plan->tasks - 1; n >= 0; n--)
+            backward_task(run, &head, t->order[n], worker);
         if (cmb_cancelled(run->cancel, worker))
             return;
         end_gradients(run, &head, &u, worker);
@@ -815,18 +826,17 @@ static void backward_item(void *context, int64_t number, int worker) {
     const cmb_head *head = &shared->head;
     const cmb_plan *plan = head->plan;
     cmb_item *item = &run->item[worker];
-    /* Forward, task t's pools are number tile + t, and its tiles follow. */
-    const int32_t at = plan->tiles + plan->tasks - 1 - (int32_t)number;
-    int32_t task = 0, end = plan->tasks;
-    while (end - task > 1) {
-        const int32_t middle = task + (end - task) / 2;
-        if (plan->task[middle].tile + middle <= at)
-            task = middle;
+    const int32_t *first = run->first_item, at = first[plan->tasks] - 1 - (int32_t)number;
+    int32_t n = 0, end = plan->tasks;
+    while (end - n > 1) {
+        const int32_t middle = n + (end - n) / 2;
+        if (first[middle] <= at)
+            n = middle;
         else
             end = middle;
     }
-    const int32_t tile = at - task - 1; /* the task's first less 1: its pools */
-    const bool is_tile = tile >= plan->task[task].tile, pools = !is_tile && head->stages & CMB_SUMMARIZE;
+    const int32_t task = run->table->order[n], tile = plan->task[task].tile + at - first[n] - 1;
+    const bool is_tile = at > first[n], pools = !is_tile && head->stages & CMB_SUMMARIZE;
     if (!cmb_enter(item, (int32_t)number))
         return;
     if (is_tile)
@@ -854,6 +864,11 @@ static void backward_together(const schedule *run, int64_t index) {
         for (int32_t wave = 0; wave < plan->waves; wave++) {
             shared.first = plan->wave[wave];
             cmb_parallel_for(plan->wave[wave + 1] - shared.first, run->workers, pool_task, &shared, run->cancel);
+        }
+        run->first_item[0] = 0;
+        for (int32_t n = 0; n < plan->tasks; n++) {
+            const cmb_task *task = &plan->task[run->table->order[n]];
+            run->first_item[n + 1] = run->first_item[n] + 1 + task[1].tile - task[0].tile;
         }
         run->turns->blocks = cmb_blocks(shared.head.L + shared.head.R);
         atomic_store(&run->turns->entered, 0);

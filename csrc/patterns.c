@@ -12,7 +12,7 @@ enum {
     NARROW = 16,         /* queries of a LogSparse tile: 64 would see three times the rows that 16 do */
     TASK_QUERIES = 1024, /* queries of a task of narrow tiles */
     SPAN_QUERIES = 256,  /* Fixed: a task has whole spans of up to so many positions, or so many of a longer span */
-    CHUNK_LEVEL = 10,    /* LogSparse: a task has 2^10 keys, with the smaller blocks in them */
+    CHUNK_LEVEL = 9,     /* LogSparse: a task has 2^9 keys, with the smaller blocks in them */
     HALVES_LEVEL = 11,   /* hierarchical: a task summarizes the blocks in 2^11 keys */
 };
 
@@ -265,27 +265,31 @@ static void summarize_within(cmb_build *build, const dyadic *blocks, int top, in
     }
 }
 
-/* The blocks of CHUNK_LEVEL, from their keys, and those that hold several. */
+/* The blocks of CHUNK_LEVEL, from their keys, and those that hold several. A chunk's task has those that end with it,
+ * so that a causal plan's waves can be fused. */
 static void summarize_big_blocks(cmb_build *build, const dyadic *blocks) {
-    cmb_build_wave(build);
-    for (int64_t b = 0; b < blocks->count[CHUNK_LEVEL] && cmb_build_task(build); b++) {
-        int64_t first = b << CHUNK_LEVEL, n = cmb_least(INT64_C(1) << CHUNK_LEVEL, blocks->L - first);
-        cmb_build_pool(build, blocks->first[CHUNK_LEVEL] + b, cmb_list_make(first, 1, n));
+    const int64_t L = blocks->L, chunks = blocks->count[CHUNK_LEVEL];
+    for (int level = CHUNK_LEVEL; level <= blocks->top; level++) {
+        cmb_build_wave(build);
+        for (int64_t c = 0; c < chunks && cmb_build_task(build); c++) {
+            int64_t b = c >> (level - CHUNK_LEVEL), first = b << level;
+            bool ends = ((c + 1) << CHUNK_LEVEL) == (b + 1) << level || c == chunks - 1;
+            if (ends && level == CHUNK_LEVEL)
+                cmb_build_pool(build, blocks->first[level] + b,
+                               cmb_list_make(first, 1, cmb_least(INT64_C(1) << level, L - first)));
+            else if (ends)
+                pool_blocks(build, blocks, level, b, b + 1);
+        }
     }
     cmb_build_wave(build);
-    cmb_build_task(build);
-    for (int level = CHUNK_LEVEL + 1; level <= blocks->top; level++)
-        pool_blocks(build, blocks, level, 0, blocks->count[level]);
-    cmb_build_wave(build);
-    for (int level = CHUNK_LEVEL; level <= blocks->top; level++)
-        for (int64_t b = 0; b < blocks->count[level]; b++) {
-            if (!is_attended(blocks, level, b))
+    for (int64_t c = 0; c < chunks && cmb_build_task(build); c++)
+        for (int level = CHUNK_LEVEL; level <= blocks->top; level++) {
+            int64_t b = c >> (level - CHUNK_LEVEL), first = b << level;
+            bool ends = ((c + 1) << CHUNK_LEVEL) == (b + 1) << level || c == chunks - 1;
+            if (!ends || !is_attended(blocks, level, b))
                 continue;
-            if (!cmb_build_task(build))
-                return;
-            int64_t first = b << level;
             cmb_build_tile(build, cmb_list_make(blocks->first[level] + b, 1, 1), 1);
-            cmb_build_run(build, cmb_list_make(first, 1, cmb_least(INT64_C(1) << level, blocks->L - first)));
+            cmb_build_run(build, cmb_list_make(first, 1, cmb_least(INT64_C(1) << level, L - first)));
         }
 }
 

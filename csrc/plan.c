@@ -31,35 +31,40 @@ static const void *place(char **at, const void *from, size_t count, size_t size)
     return to;
 }
 
-/* False where an earlier wave touched one of the rows in a later task than the t-th; else the t-th has touched them. */
-static bool touch(const cmb_plan *plan, cmb_list list, int32_t t, int32_t *touched) {
+/* Whether none of the rows from `least` on was written by a later task than the t-th of its wave. */
+static bool is_written(const cmb_plan *plan, cmb_list list, int64_t least, int32_t t, const int32_t *writer) {
+    if (list.step && list.start < least && list.start + (int64_t)list.step * (list.count - 1) < least)
+        return true;
     for (int32_t n = 0; n < list.count; n++) {
         const int32_t x = cmb_list_at(plan, list, n);
-        if (x >= plan->L + plan->R) /* the task's own */
-            continue;
-        if (touched[x] > t)
+        if (x >= least && x < plan->L + plan->R && writer[x] > t) /* scratch rows are the task's own */
             return false;
-        touched[x] = t;
     }
     return true;
 }
 
-/* Whether the t-th tasks of all waves may follow one another, and then those after them: every row is touched in the
- * same order as wave by wave. */
-static bool is_fusible(const cmb_plan *plan, int32_t *touched) {
+/* Whether the t-th tasks of all waves may follow one another, and then those after them: no task needs what a later one
+ * writes in an earlier wave. Region rows are written by pools, and with the positions' results by tiles. */
+static bool is_fusible(const cmb_plan *plan, int32_t *writer) {
+    const int64_t L = plan->L;
     for (int32_t wave = 0; wave < plan->waves; wave++)
         for (int32_t task = plan->wave[wave]; task < plan->wave[wave + 1]; task++) {
             const int32_t t = task - plan->wave[wave];
-            for (int32_t n = plan->task[task].pool; n < plan->task[task + 1].pool; n++)
-                if (!touch(plan, cmb_list_make(plan->pool[n].row, 1, 1), t, touched) ||
-                    !touch(plan, plan->pool[n].child, t, touched))
+            for (int32_t n = plan->task[task].pool; n < plan->task[task + 1].pool; n++) {
+                if (!is_written(plan, plan->pool[n].child, L, t, writer))
                     return false;
+                if (plan->pool[n].row < L + plan->R)
+                    writer[plan->pool[n].row] = t;
+            }
             for (int32_t n = plan->task[task].tile; n < plan->task[task + 1].tile; n++) {
-                if (!touch(plan, plan->tile[n].query, t, touched))
-                    return false;
+                const cmb_list query = plan->tile[n].query;
                 for (int32_t run = plan->tile[n].run; run < plan->tile[n + 1].run; run++)
-                    if (!touch(plan, plan->run[run].row, t, touched))
+                    if (!is_written(plan, plan->run[run].row, L, t, writer))
                         return false;
+                if (!is_written(plan, query, 0, t, writer))
+                    return false;
+                for (int32_t i = 0; i < query.count; i++)
+                    writer[cmb_list_at(plan, query, i)] = t;
             }
         }
     return plan->waves > 1;
@@ -83,14 +88,14 @@ static cmb_status plan_copy(const cmb_plan *from, cmb_plan **plan, cmb_error *er
     copy->run = place(&at, from->run, (size_t)from->runs, sizeof *from->run);
     copy->index = place(&at, from->index, (size_t)from->indices, sizeof *from->index);
     const size_t rows = (size_t)(from->L + from->R);
-    int32_t *touched = cmb_allocate(rows * sizeof *touched + 1);
-    if (!touched) {
+    int32_t *writer = cmb_allocate(rows * sizeof *writer + 1);
+    if (!writer) {
         cmb_release(copy);
         return cmb_fail(error, CMB_ERR_MEMORY, "out of memory while making a plan of length %lld", (long long)from->L);
     }
-    memset(touched, 0, rows * sizeof *touched);
-    copy->is_fusible = is_fusible(copy, touched);
-    cmb_release(touched);
+    memset(writer, 0, rows * sizeof *writer);
+    copy->is_fusible = is_fusible(copy, writer);
+    cmb_release(writer);
     *plan = copy;
     return CMB_OK;
 }
