@@ -353,16 +353,19 @@ static void K(divide)(int64_t n, const REAL *x, REAL divisor, REAL *y) {
 }
 
 static bool K(finite)(int64_t n, const REAL *x) {
-    vec poison = {0};
+    enum { CHAINS = 4 };
+    vec poison[CHAINS] = {{0}}; /* 0 while everything is finite, NaN after */
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        poison = fma_vec(load(x + i), (vec){0}, poison);
-    if (i < n)
-        poison = fma_vec(load_part(x + i, (int)(n - i)), (vec){0}, poison);
-    bool finite = true;
-    for (int j = 0; j < LANES; j++)
-        finite &= poison[j] == 0;
-    return finite;
+    for (; i + CHAINS * LANES <= n; i += CHAINS * LANES)
+        UNROLL
+    for (int j = 0; j < CHAINS; j++)
+        poison[j] = fma_vec(load(x + i + j * LANES), (vec){0}, poison[j]);
+    for (; i < n; i += LANES)
+        poison[0] = fma_vec(n - i < LANES ? load_part(x + i, (int)(n - i)) : load(x + i), (vec){0}, poison[0]);
+    UNROLL
+    for (int j = 1; j < CHAINS; j++)
+        poison[0] += poison[j];
+    return !any((bits)(poison[0] != poison[0]));
 }
 
 /* ---- max pooling -------------------------------------------------------------------------------- */
@@ -410,8 +413,9 @@ INLINE bool K(max_columns)(int nr, int64_t n, const REAL *const *row, int64_t d,
     return true;
 }
 
-#define MAX_COLUMNS(nr, part)                                  \
-    if (!K(max_columns)(nr, n, row, d, part, top, add, false)) \
+/* Few rows are looked at carefully at once. */
+#define MAX_COLUMNS(nr, part)                                           \
+    if (n < 8 || !K(max_columns)(nr, n, row, d, part, top, add, false)) \
         K(max_columns)(nr, n, row, d, part, top, add, true);
 
 static void K(max_pool)(int64_t n, const REAL *const *row, int64_t dim, REAL *top, bool add) {

@@ -846,14 +846,12 @@ static void row_sums(const tile_state *t, const REAL *p, const REAL *const *lane
 /* The state from which a query's softmax goes on: m (base 2), l, and sums that l divides. */
 static void resume(const cmb_head *head, const tile_state *t, int lane, REAL *m, REAL *l, REAL *sum, uint64_t *seen) {
     const int64_t x = cmb_list_at(head->plan, t->tile->query, lane);
-    const size_t dim = (size_t)(head->Dv + (t->weighted ? head->D : 0));
     const REAL lse = *lse_of(head, x);
     *m = -infinity;
     *l = 0;
-    if (lse == -infinity || lse == only_infinite) {
+    if (lse == -infinity || lse == only_infinite) { /* the sums are 0 */
         if (lse == only_infinite)
             *seen |= UINT64_C(1) << lane;
-        memset(sum, 0, dim * sizeof(REAL));
         return;
     }
     *m = (REAL)((double)lse * log2_e);
@@ -936,6 +934,7 @@ static void begin_lanes(const cmb_head *head, tile_state *t, bool afresh, cmb_sc
     w->width = t->tile->width;
     w->seen = 0;
     w->ended = t->dropout ? NULL : t->tile;
+    memset(w->sum, 0, (size_t)(t->n * dim) * sizeof(REAL));
     for (int lane = 0; lane < t->n; lane++) {
         const table_row query = query_row(head, cmb_list_at(head->plan, t->tile->query, live_lane(t, lane)));
         w->lane_in[lane] = operand(t, query, head->D, false, w->query_row + lane * head->D, w);
@@ -949,8 +948,6 @@ static void begin_lanes(const cmb_head *head, tile_state *t, bool afresh, cmb_sc
         m[lane] = -infinity;
         l[lane] = 0;
     }
-    if (afresh)
-        memset(w->sum, 0, (size_t)(t->n * dim) * sizeof(REAL));
     if (w->seen)
         w->ended = NULL;
     pack(t, w->lane_in, head->D, (REAL)(head->scale * log2_e), w->packed, w);
@@ -1059,6 +1056,7 @@ static void row_tile(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w,
     uint64_t seen = 0;
     if (!t.all)
         return;
+    memset(sum, 0, (size_t)(head->Dv + (t.weighted ? head->D : 0)) * sizeof(REAL));
     resume(head, &t, 0, &m, &l, sum, &seen);
     memcpy(query, numbers(query_row(head, cmb_list_at(head->plan, tile->query, 0)), head->D, w->query_row, w),
            (size_t)head->D * sizeof(REAL));
