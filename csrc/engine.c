@@ -233,9 +233,9 @@ typedef struct {
     int32_t *first_item;   /* [tasks + 1] of each task in order */
     int64_t first, flying; /* forward: the group of heads at hand */
     int32_t waves, wave;   /* the most of a plan, and the one at hand */
-    int64_t *task;         /* [slots + 1] first index of each head's tasks in this wave */
+    int64_t *task;         /* [slots + 1] first index of each head's tasks in this wave, or of each team's in all */
     bool fused;            /* forward: task by task through all waves, so that a task finds its rows in the cache */
-    atomic_int *through;   /* [slots][waves] then: the head's tasks that are through with a wave */
+    atomic_int *through;   /* [slots][waves] then: tasks of the head that are through with a wave */
 } schedule;
 
 static bool keeps_key(const cmb_problem *p) { return p->summary_key.data && p->plan[0]->weighted; }
@@ -370,12 +370,13 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
         run->shared = run->workers > 1 ? run->units % run->workers : 0;
         run->slots = run->units < run->workers ? 1 : run->workers;
     } else {
-        /* Tasks of all heads follow one another then, the longest of a head last: there must be many. */
+        /* Of a head that is fused the longest tasks come last: there must be many. */
         run->fused = run->fused && (run->workers == 1 || run->units * tasks >= 16 * run->workers);
         const int64_t rows_met = run->fused && !run->widens ? run->R : run->L + run->R;
         const int64_t bytes = rows_met * (2 * p->D + p->Dv) * (int64_t)run->stage->size;
         const int64_t fit = bytes > 0 ? bytes_in_flight / bytes : INT64_MAX;
-        const int64_t fewest = (run->workers + 3) / 4; /* a wave of one head may have few tasks */
+        const int64_t fewest =
+            run->fused ? run->workers : (run->workers + 3) / 4; /* a wave of one head may have few tasks */
         run->slots = fit > fewest ? fit : fewest;
         run->slots = run->slots < run->units ? run->slots : run->units;
         run->slots = run->slots < 1024 ? run->slots : 1024;
@@ -521,11 +522,12 @@ static void begin_head(void *context, int64_t slot, int worker) {
         run->stage->begin(head.R, head.region_lse);
 }
 
-static int64_t slot_of(const schedule *run, int64_t index) {
-    int64_t slot = 0;
-    while (run->task[slot + 1] <= index)
-        slot++;
-    return slot;
+/* The head, or team of heads, whose tasks hold the index-th. */
+static int64_t part_of(const schedule *run, int64_t index) {
+    int64_t part = 0;
+    while (run->task[part + 1] <= index)
+        part++;
+    return part;
 }
 
 /* Of another task the tile in the same place, or -1. */
@@ -547,25 +549,39 @@ static void forward_task(const schedule *run, const cmb_head *head, int32_t task
 static void task_of_wave(void *context, int64_t index, int worker) {
     const schedule *run = context;
     /* The last tasks of a causal plan are the longest: they start first. */
-    const int64_t last = run->task[run->flying] - 1 - index, slot = slot_of(run, last);
+    const int64_t last = run->task[run->flying] - 1 - index, slot = part_of(run, last);
     const cmb_head head = flying_head(run, slot);
     const int32_t first = head.plan->wave[run->wave], t = (int32_t)(last - run->task[slot]);
     forward_task(run, &head, first + t, t >= run->workers ? first + t - run->workers : -1, worker);
 }
 
-/* The t-th tasks of all waves. The next wave may need what the tasks before did in this one: they began earlier, and
- * the first of those at work waits for nobody. */
+/* As many heads as there are workers are at work together, of each the t-th tasks of all waves, then the next: so a
+ * worker rarely waits for another. */
+typedef struct {
+    int64_t slot; /* the first's */
+    int64_t heads;
+} team;
+
+static team team_of(const schedule *run, int64_t number) {
+    const int64_t slot = number * run->workers;
+    return (team){slot, cmb_least(run->workers, run->flying - slot)};
+}
+
+/* A wave may need what the tasks before did in the one before: they began earlier, and the first of those at work waits
+ * for nobody. */
 static void tasks_of_waves(void *context, int64_t index, int worker) {
     const schedule *run = context;
-    const int64_t slot = slot_of(run, index);
+    const int64_t number = part_of(run, index), within = index - run->task[number];
+    const team own = team_of(run, number);
+    const int64_t slot = own.slot + within % own.heads;
     const cmb_head head = flying_head(run, slot);
-    const int32_t t = (int32_t)(index - run->task[slot]);
+    const int32_t t = (int32_t)(within / own.heads), next = t + (int32_t)(run->workers / own.heads);
     for (int32_t wave = 0; wave < head.plan->waves; wave++) {
         atomic_int *through = &run->through[slot * run->waves + wave];
         const int32_t first = head.plan->wave[wave], tasks = tasks_in(head.plan, wave);
         if (t < tasks)
-            forward_task(run, &head, first + t, t + run->workers < tasks ? first + t + run->workers : -1, worker);
-        if (!cmb_wait(through, t, run->cancel, worker))
+            forward_task(run, &head, first + t, next < tasks ? first + next : -1, worker);
+        if (wave == head.plan->waves - 1 || !cmb_wait(through, t, run->cancel, worker))
             return;
         atomic_store_explicit(through, t + 1, memory_order_release);
     }
@@ -601,21 +617,38 @@ static void end_head(void *context, int64_t slot, int worker) {
         run->stage->copy_region_keys(&head, head.R, summary_key, run->scratch[worker]);
 }
 
-static void forward(schedule *run) {
-    for (run->first = 0; run->first < run->units; run->first += run->slots) {
-        run->flying = run->units - run->first < run->slots ? run->units - run->first : run->slots;
-        cmb_parallel_for(run->flying, run->workers, begin_head, run, run->cancel);
-        for (int64_t n = 0; run->fused && n < run->slots * run->waves; n++)
-            atomic_init(&run->through[n], 0);
-        for (run->wave = 0; run->wave < (run->fused ? 1 : run->waves); run->wave++) {
-            run->task[0] = 0;
-            for (int64_t slot = 0; slot < run->flying; slot++) {
-                const cmb_plan *plan = flying_head(run, slot).plan;
-                run->task[slot + 1] = run->task[slot] + (run->fused ? longest_wave(plan) : tasks_in(plan, run->wave));
-            }
-            cmb_parallel_for(run->task[run->flying], run->workers, run->fused ? tasks_of_waves : task_of_wave, run,
-                             run->cancel);
+static void wave_by_wave(schedule *run) {
+    for (run->wave = 0; run->wave < run->waves; run->wave++) {
+        for (int64_t slot = 0; slot < run->flying; slot++)
+            run->task[slot + 1] = run->task[slot] + tasks_in(flying_head(run, slot).plan, run->wave);
+        cmb_parallel_for(run->task[run->flying], run->workers, task_of_wave, run, run->cancel);
+    }
+}
+
+static void waves_fused(schedule *run) {
+    for (int64_t n = 0; n < run->flying * run->waves; n++)
+        atomic_init(&run->through[n], 0);
+    int64_t number = 0;
+    for (team it = team_of(run, 0); it.heads > 0; it = team_of(run, ++number)) {
+        int64_t longest = 0;
+        for (int64_t slot = it.slot; slot < it.slot + it.heads; slot++) {
+            const int32_t tasks = longest_wave(flying_head(run, slot).plan);
+            longest = tasks > longest ? tasks : longest;
         }
+        run->task[number + 1] = run->task[number] + longest * it.heads;
+    }
+    cmb_parallel_for(run->task[number], run->workers, tasks_of_waves, run, run->cancel);
+}
+
+static void forward(schedule *run) {
+    run->task[0] = 0;
+    for (run->first = 0; run->first < run->units; run->first += run->slots) {
+        run->flying = cmb_least(run->units - run->first, run->slots);
+        cmb_parallel_for(run->flying, run->workers, begin_head, run, run->cancel);
+        if (run->fused)
+            waves_fused(run);
+        else
+            wave_by_wave(run);
         cmb_parallel_for(run->flying, run->workers, end_head, run, run->cancel);
     }
 }

@@ -270,8 +270,7 @@ static inline REAL *lse_of(const cmb_head *head, int64_t x) {
 
 static void look_at(const cmb_head *head, int32_t tile, cmb_scratch *w) {
     const cmb_tile *ahead = tile < 0 ? NULL : &head->plan->tile[tile];
-    /* What regions ask with is not pooled yet; narrow tiles have no time to spare. */
-    if (ahead && (cmb_list_at(head->plan, ahead->query, 0) >= head->L || ahead->width <= CMB_GROUP))
+    if (ahead && cmb_list_at(head->plan, ahead->query, 0) >= head->L) /* what regions ask with is not pooled yet */
         ahead = NULL;
     w->ahead = (look){head, ahead, 0};
 }
