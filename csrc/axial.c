@@ -241,7 +241,7 @@ static void build_rowmajor(const grid *g) {
         attend_and_summarize_row(g, r);
     }
     cmb_build_wave(g->build);
-    for (int64_t c = 0; c < g->m && cmb_build_task(g->build); c++) {
+    for (int64_t c = 0; c < g->m && (c % COLUMNS || cmb_build_task(g->build)); c++) {
         cmb_look look[] = {{column_of(g, g->L, c), CMB_OTHERS}, {one(2 * g->L - 1), CMB_EVERY}};
         attend_along(g, c, look, !g->is_causal && c >= g->last ? 2 : 1);
     }
