@@ -907,6 +907,30 @@ static void threads(void) {
     CHECK(cmb_set_num_threads(0, NULL) == CMB_OK);
 }
 
+/* Long enough for several threads to go through fused waves, and for one to go through them alone. */
+static void fused_waves(void) {
+    static const int counts[] = {1, 2, 3, 64};
+    for (int which = FIXED; which <= LOGSPARSE; which++) {
+        request asked = large((pattern)which);
+        asked.options.is_causal = true;
+        asked.L = 4500;
+        asked.D = asked.Dv = 16;
+        fixture *f[4];
+        for (int n = 0; n < 4; n++) {
+            CASE("pattern %d threads %d", which, counts[n]);
+            f[n] = new_fixture(asked);
+            CHECK(f[n]->plan->is_fusible);
+            CHECK(cmb_set_num_threads(counts[n], NULL) == CMB_OK);
+            forward(f[n]);
+            backward(f[n]);
+            check_same_results(f[0], f[n]);
+        }
+        for (int n = 0; n < 4; n++)
+            free_fixture(f[n]);
+    }
+    CHECK(cmb_set_num_threads(0, NULL) == CMB_OK);
+}
+
 static void instruction_sets(void) {
     for (int which = DENSE; which < PATTERNS; which++)
         for (int dtype = 0; dtype < 2; dtype++) {
@@ -1576,6 +1600,7 @@ int main(int argc, char **argv) {
         TEST(broadcast_inputs),
         TEST(half_dtypes),
         TEST(threads),
+        TEST(fused_waves),
         TEST(instruction_sets),
         TEST(company),
         TEST(stages),

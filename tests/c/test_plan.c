@@ -474,6 +474,74 @@ static void test_long_plans(void) {
         }
 }
 
+/* ---- waves that can be fused ---- */
+
+/* What a task does to a table row: the region's or result's writers of earlier waves come first. */
+static bool follows_writers(const cmb_plan *plan, const vector *writers, int64_t row, int64_t wave, const bool *done) {
+    if (row >= plan->L + plan->R)
+        return true;
+    for (int64_t n = 0; n < writers[row].count; n++)
+        if (writers[row].item[n] < plan->wave[wave] && !done[writers[row].item[n]])
+            return false;
+    return true;
+}
+
+static bool list_follows(const cmb_plan *plan, const vector *writers, cmb_list list, bool regions, int64_t wave,
+                         const bool *done) {
+    for (int64_t n = 0; n < list.count; n++) {
+        const int64_t row = row_at(plan, list, n);
+        if ((!regions || row >= plan->L) && !follows_writers(plan, writers, row, wave, done))
+            return false;
+    }
+    return true;
+}
+
+/* Runs the tasks through: the t-th of every wave, then the next ones. */
+static bool can_be_fused(const cmb_plan *plan) {
+    vector *writers = make_lists(plan->L + plan->R + 1);
+    bool *done = calloc((size_t)plan->tasks + 1, sizeof *done), fits = true;
+    for (int64_t task = 0; task < plan->tasks; task++) {
+        for (int64_t n = plan->task[task].pool; n < plan->task[task + 1].pool; n++)
+            if (plan->pool[n].row < plan->L + plan->R)
+                push(&writers[plan->pool[n].row], task);
+        for (int64_t n = plan->task[task].tile; n < plan->task[task + 1].tile; n++)
+            for (int64_t q = 0; q < plan->tile[n].query.count; q++)
+                push(&writers[row_at(plan, plan->tile[n].query, q)], task);
+    }
+    for (int64_t t = 0; t < plan->tasks; t++)
+        for (int64_t wave = 0; wave < plan->waves; wave++) {
+            const int64_t task = plan->wave[wave] + t;
+            if (task >= plan->wave[wave + 1])
+                continue;
+            for (int64_t n = plan->task[task].pool; n < plan->task[task + 1].pool; n++)
+                fits = fits && list_follows(plan, writers, plan->pool[n].child, true, wave, done);
+            for (int64_t n = plan->task[task].tile; n < plan->task[task + 1].tile; n++) {
+                fits = fits && list_follows(plan, writers, plan->tile[n].query, false, wave, done);
+                for (int64_t run = plan->tile[n].run; run < plan->tile[n + 1].run; run++)
+                    fits = fits && list_follows(plan, writers, plan->run[run].row, true, wave, done);
+            }
+            done[task] = true;
+        }
+    free_lists(writers, plan->L + plan->R + 1);
+    free(done);
+    return fits && plan->waves > 1;
+}
+
+static void test_fusible(void) {
+    for (kind k = DENSE; k < KINDS; k++)
+        for (int64_t L = 1; L < 5000; L = 3 * L + 1)
+            for (int bits = 0; bits < 4; bits++)
+                for (int64_t span = 5; span < 1000; span *= 5) {
+                    const factorization f = {k, L, span, bits & 1, bits & 2};
+                    cmb_plan *plan = make(&f);
+                    CHECK(plan->is_fusible == can_be_fused(plan), "kind %d L %lld span %lld: %d", (int)k, (long long)L,
+                          (long long)span, plan->is_fusible);
+                    if ((k == FIXED || k == LOGSPARSE) && f.is_causal && !f.is_sparse)
+                        CHECK(plan->is_fusible == (plan->waves > 1));
+                    cmb_plan_free(plan);
+                }
+}
+
 /* ---- a causal prefix computes the same ---- */
 
 typedef struct {
@@ -1164,6 +1232,7 @@ int main(int argc, char **argv) {
         TEST(test_specification),
         TEST(test_blocks_longer_than_a_chunk),
         TEST(test_long_plans),
+        TEST(test_fusible),
         TEST(test_prefixes),
         TEST(test_random_parts),
         TEST(test_known_parts),
