@@ -348,13 +348,13 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
         run->L = it.L > run->L ? it.L : run->L;
         run->R = it.R > run->R ? it.R : run->R;
     }
-    int64_t tasks = INT32_MAX; /* of a head where waves are fused */
+    int64_t fewest_tasks = INT32_MAX; /* of a head's waves fused */
     run->fused = !backward;
     for (int64_t i = 0; i < p->plans; i++) {
         const cmb_plan *plan = p->plan[i];
         run->waves = plan->waves > run->waves ? plan->waves : run->waves;
         run->fused = run->fused && plan->is_fusible;
-        tasks = cmb_least(tasks, longest_wave(plan));
+        fewest_tasks = cmb_least(fewest_tasks, longest_wave(plan));
         run->tasks = plan->tasks > run->tasks ? plan->tasks : run->tasks;
         run->N = plan->N > run->N ? plan->N : run->N;
         for (int32_t s = 0; s < plan->pools; s++)
@@ -371,12 +371,12 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
         run->slots = run->units < run->workers ? 1 : run->workers;
     } else {
         /* Of a head that is fused the longest tasks come last: there must be many. */
-        run->fused = run->fused && (run->workers == 1 || run->units * tasks >= 16 * run->workers);
+        run->fused = run->fused && (run->workers == 1 || run->units * fewest_tasks >= 16 * run->workers);
         const int64_t rows_met = run->fused && !run->widens ? run->R : run->L + run->R;
         const int64_t bytes = rows_met * (2 * p->D + p->Dv) * (int64_t)run->stage->size;
         const int64_t fit = bytes > 0 ? bytes_in_flight / bytes : INT64_MAX;
-        const int64_t fewest =
-            run->fused ? run->workers : (run->workers + 3) / 4; /* a wave of one head may have few tasks */
+        /* A wave of one head may have few tasks, and a head fused makes its workers wait for one another. */
+        const int64_t fewest = cmb_least(run->workers, (run->workers + 3) / 4 + run->fused);
         run->slots = fit > fewest ? fit : fewest;
         run->slots = run->slots < run->units ? run->slots : run->units;
         run->slots = run->slots < 1024 ? run->slots : 1024;
@@ -555,7 +555,7 @@ static void task_of_wave(void *context, int64_t index, int worker) {
     forward_task(run, &head, first + t, t >= run->workers ? first + t - run->workers : -1, worker);
 }
 
-/* As many heads as there are workers are at work together, of each the t-th tasks of all waves, then the next: so a
+/* As many heads as there are workers go together: of each the t-th tasks of all waves, then those after them. So a
  * worker rarely waits for another. */
 typedef struct {
     int64_t slot; /* the first's */
@@ -576,11 +576,12 @@ static void tasks_of_waves(void *context, int64_t index, int worker) {
     const int64_t slot = own.slot + within % own.heads;
     const cmb_head head = flying_head(run, slot);
     const int32_t t = (int32_t)(within / own.heads), next = t + (int32_t)(run->workers / own.heads);
+    const bool looks = head.plan->pooling != CMB_POOL_FIRST; /* other workers may be at the task's picks */
     for (int32_t wave = 0; wave < head.plan->waves; wave++) {
         atomic_int *through = &run->through[slot * run->waves + wave];
         const int32_t first = head.plan->wave[wave], tasks = tasks_in(head.plan, wave);
         if (t < tasks)
-            forward_task(run, &head, first + t, next < tasks ? first + next : -1, worker);
+            forward_task(run, &head, first + t, looks && next < tasks ? first + next : -1, worker);
         if (wave == head.plan->waves - 1 || !cmb_wait(through, t, run->cancel, worker))
             return;
         atomic_store_explicit(through, t + 1, memory_order_release);

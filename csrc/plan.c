@@ -67,7 +67,22 @@ static bool is_fusible(const cmb_plan *plan, int32_t *writer) {
                     writer[cmb_list_at(plan, query, i)] = t;
             }
         }
-    return plan->waves > 1;
+    return true;
+}
+
+static cmb_status find_fusible(cmb_plan *plan, cmb_error *error) {
+    plan->is_fusible = false;
+    if (plan->waves < 2)
+        return CMB_OK;
+    const size_t bytes = (size_t)(plan->L + plan->R) * sizeof(int32_t);
+    int32_t *writer = cmb_allocate(bytes);
+    if (!writer)
+        return cmb_fail(error, CMB_ERR_MEMORY, "out of memory: a plan of length %lld needs %zu bytes while it is made",
+                        (long long)plan->L, bytes);
+    memset(writer, 0, bytes);
+    plan->is_fusible = is_fusible(plan, writer);
+    cmb_release(writer);
+    return CMB_OK;
 }
 
 static cmb_status plan_copy(const cmb_plan *from, cmb_plan **plan, cmb_error *error) {
@@ -87,17 +102,12 @@ static cmb_status plan_copy(const cmb_plan *from, cmb_plan **plan, cmb_error *er
     copy->tile = place(&at, from->tile, (size_t)from->tiles + 1, sizeof *from->tile);
     copy->run = place(&at, from->run, (size_t)from->runs, sizeof *from->run);
     copy->index = place(&at, from->index, (size_t)from->indices, sizeof *from->index);
-    const size_t rows = (size_t)(from->L + from->R);
-    int32_t *writer = cmb_allocate(rows * sizeof *writer + 1);
-    if (!writer) {
+    cmb_status status = find_fusible(copy, error);
+    if (status)
         cmb_release(copy);
-        return cmb_fail(error, CMB_ERR_MEMORY, "out of memory while making a plan of length %lld", (long long)from->L);
-    }
-    memset(writer, 0, rows * sizeof *writer);
-    copy->is_fusible = is_fusible(copy, writer);
-    cmb_release(writer);
-    *plan = copy;
-    return CMB_OK;
+    else
+        *plan = copy;
+    return status;
 }
 
 cmb_status cmb_plan_from_arrays(const cmb_plan *arrays, cmb_plan **plan, cmb_error *error) {

@@ -905,7 +905,7 @@ static const cmb_tile *beginning(const cmb_head *head, tile_state *t) {
     int32_t first = 0, end = 0;
     for (int32_t n = before->run; n < before[1].run; n++) {
         const cmb_run *next = &plan->run[n];
-        const bool fits = next->row.start == row.start + row.step * end &&
+        const bool fits = next->row.step && next->row.start == row.start + row.step * end &&
                           (next->row.step == row.step || next->row.count == 1) && next->row.count <= row.count - end;
         if (!fits || had)
             return NULL;

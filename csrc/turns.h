@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * How the threads that share one head's backward keep the bits of one thread: whatever adds to a block of gradient
- * rows, or reads one, takes turns in the order in which one thread would. Items (a tile; a task's pool steps) enter in
- * that order and say then which blocks they are going to touch. An item adds to a block once all before it are through
- * with it, so that two tiles over the same rows follow one another chunk by chunk. The first of those at work waits for
+ * How threads wait for one another: at one counter, or in turns.
+ *
+ * In turns the threads that share one head's backward keep the bits of one thread: whatever adds to a block of gradient
+ * rows, or reads one, does so in the order in which one thread would. Items (a tile; a task's pool steps) enter in that
+ * order and say then which blocks they are going to touch. An item adds to a block once all before it are through with
+ * it, so that two tiles over the same rows follow one another chunk by chunk. The first of those at work waits for
  * nobody: there is no deadlock. Internal.
  */
 #ifndef CMB_TURNS_H

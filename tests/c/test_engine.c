@@ -910,14 +910,15 @@ static void threads(void) {
 /* Long enough for several threads to go through fused waves, and for one to go through them alone. */
 static void fused_waves(void) {
     static const int counts[] = {1, 2, 3, 64};
-    for (int which = FIXED; which <= LOGSPARSE; which++) {
-        request asked = large((pattern)which);
+    for (int which = 0; which < 4; which++) {
+        request asked = large(which % 2 ? LOGSPARSE : FIXED);
         asked.options.is_causal = true;
+        asked.options.pooling = which < 2 ? CMB_POOL_MAX : CMB_POOL_FIRST;
         asked.L = 4500;
         asked.D = asked.Dv = 16;
         fixture *f[4];
         for (int n = 0; n < 4; n++) {
-            CASE("pattern %d threads %d", which, counts[n]);
+            CASE("pattern %d pooling %d threads %d", (int)asked.pattern, (int)asked.options.pooling, counts[n]);
             f[n] = new_fixture(asked);
             CHECK(f[n]->plan->is_fusible);
             CHECK(cmb_set_num_threads(counts[n], NULL) == CMB_OK);
