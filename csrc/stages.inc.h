@@ -891,7 +891,7 @@ static void logits(const cmb_head *head, const tile_state *t, bool clear, cmb_sc
 static const cmb_tile *beginning(const cmb_head *head, tile_state *t) {
     const cmb_plan *plan = head->plan;
     const cmb_tile *tile = t->tile, *before = tile - 1;
-    if (!t->regions || t->weighted || !head->pick_query || tile == plan->tile ||
+    if (!t->regions || t->weighted || !head->pick_query || tile == plan->tile || before->width == 1 ||
         tile->query.count > before->query.count)
         return NULL;
     for (int i = 0; i < t->n; i++)

@@ -442,3 +442,41 @@ def test_bad_cover(cover, error, says):
         Plan.from_parts([[0]], cover=cover)
     with pytest.raises(ValueError, match=r"direct\[0\] holds key 1"):  # what is listed is looked at first
         Plan.from_parts([[1]], cover="full")
+
+
+# The tile before the region's: its query, width, runs [start, step, count, mask]; with an index array and masks.
+BEFORE = {
+    "first rows": ([3, 1, 1], 16, [[0, 1, 4, -1]]),
+    "all rows": ([3, 1, 1], 16, [[0, 1, 8, -1]]),
+    "a row kernel": ([3, 1, 1], 1, [[0, 1, 4, -1]]),
+    "more queries": ([3, 1, 3], 16, [[0, 1, 3, -1], [3, 1, 3, 0]]),
+    "masked first": ([3, 1, 3], 16, [[0, 1, 3, 0]]),
+    "masked twice": ([3, 1, 3], 16, [[0, 1, 3, 0], [3, 1, 3, 0]]),
+    "another query": ([4, 1, 1], 16, [[0, 1, 4, -1]]),
+    "other rows": ([3, 1, 1], 16, [[1, 1, 4, -1]]),
+    "every other row": ([3, 1, 1], 16, [[0, 2, 4, -1]]),
+    "an index": ([3, 1, 1], 16, [[0, 0, 4, -1]]),
+    "one of an index": ([3, 1, 1], 16, [[0, 0, 1, -1]]),
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_region_may_go_on_from_a_query(rng, before, masked):
+    """The region asks as query 3 does, for all of the 8 rows, whatever the tile before it attends."""
+    L = 8
+    query, width, runs = BEFORE[before]
+    n = len(runs)
+    plan = Plan.from_arrays(
+        wave=[0, 1], task=[[0, 0], [1, 2]], pool=[[L, 3, 1, 1]],
+        tile=[[*query, 0, width], [L, 1, 1, n, 16], [0, 1, 0, n + 1, 0]],
+        run=[*runs, [0, 1, L, -1]], index=[5, 2, 7, 1], mask=[1, 3, 7], length=L, regions=1, pooling="first",
+    )  # fmt: skip
+    q, k, v = rng.standard_normal((3, 2, L, 5))
+    key_mask = np.arange(L) != 6 if masked else None
+    weights = np.exp(q[:, 3:4] @ k.swapaxes(-1, -2) / 5**0.5) * (1 if key_mask is None else key_mask)
+    expected = weights / weights.sum(-1, keepdims=True) @ v
+    alone = combiner.summarize(q, k, v, plan, key_mask=key_mask).value
+    close(alone, expected, 1e-13, "alone")
+    _, saved = combiner.attention_forward(q, k, v, plan, key_mask=key_mask)
+    assert np.array_equal(saved["summary_value"], alone)
