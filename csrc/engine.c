@@ -576,12 +576,11 @@ static void tasks_of_waves(void *context, int64_t index, int worker) {
     const int64_t slot = own.slot + within % own.heads;
     const cmb_head head = flying_head(run, slot);
     const int32_t t = (int32_t)(within / own.heads), next = t + (int32_t)(run->workers / own.heads);
-    const bool looks = head.plan->pooling != CMB_POOL_FIRST; /* other workers may be at the task's picks */
     for (int32_t wave = 0; wave < head.plan->waves; wave++) {
         atomic_int *through = &run->through[slot * run->waves + wave];
         const int32_t first = head.plan->wave[wave], tasks = tasks_in(head.plan, wave);
         if (t < tasks)
-            forward_task(run, &head, first + t, looks && next < tasks ? first + next : -1, worker);
+            forward_task(run, &head, first + t, next < tasks ? first + next : -1, worker);
         if (wave == head.plan->waves - 1 || !cmb_wait(through, t, run->cancel, worker))
             return;
         atomic_store_explicit(through, t + 1, memory_order_release);

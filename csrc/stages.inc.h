@@ -239,17 +239,23 @@ static inline bool live(const cmb_head *head, int64_t x) {
     return head->count[x - head->L] > 0;
 }
 
+/* A look ahead may ask while another worker is at the task that picks: of an earlier pick it fetches the row in vain.
+ */
+static inline int32_t pick(const cmb_head *head, int64_t r) {
+    return __atomic_load_n(&head->pick[r], __ATOMIC_RELAXED);
+}
+
 static inline table_row query_row(const cmb_head *head, int64_t x) {
     const int64_t r = x - head->L;
     if (r < 0 || head->pick_query)
-        return stored_row(head->query, r < 0 ? x : head->pick[r]);
+        return stored_row(head->query, r < 0 ? x : pick(head, r));
     return number_row(at(head->region_query, r));
 }
 
 static inline table_row key_row(const cmb_head *head, int64_t x) {
     const int64_t r = x - head->L;
     if (r < 0 || head->pick_key)
-        return stored_row(head->key, r < 0 ? x : head->pick[r]);
+        return stored_row(head->key, r < 0 ? x : pick(head, r));
     return number_row(at(head->region_key, r));
 }
 
@@ -402,7 +408,7 @@ static void pool_from(const cmb_head *head, int32_t task, int64_t least, cmb_scr
             int32_t t = 0, x = cmb_list_at(plan, step->child, 0);
             while (!in_pool(head, w, x))
                 x = cmb_list_at(plan, step->child, ++t);
-            *pick_of(head, w, step->row) = x < head->L ? x : *pick_of(head, w, x);
+            __atomic_store_n(pick_of(head, w, step->row), x < head->L ? x : *pick_of(head, w, x), __ATOMIC_RELAXED);
             continue;
         }
         if (head->pool_query)
