@@ -98,8 +98,7 @@ typedef struct {
     bool size_bias; /* log of the unmasked positions below a region joins its logit */
     bool weighted;  /* k_R = sum_j p(j|R) k_j in place of the pool; per query head then */
     cmb_pooling pooling;
-    bool is_fusible; /* waves may be run task by task, as loops are fused: found where plans are made; false is always
-                        right */
+    bool is_fusible; /* tasks may go through all waves in turn; found where plans are made, false is always right */
     int32_t waves, tasks, pools, tiles, runs;
     int32_t indices, masks;
     const int32_t *wave;  /* [waves + 1] first task */

@@ -375,11 +375,20 @@ INLINE vec K(greater)(vec x, vec top) {
     return if_nonzero((bits)(x > top) | ((bits)(x != x) & (bits)(top == top)), x, top);
 }
 
+/* The same where x is a number; a NaN is passed over. */
+INLINE vec K(larger)(vec x, vec top) {
+#if defined(__aarch64__)
+    return if_nonzero((bits)(x > top), x, top); /* its maximum of zeros is +0 */
+#else
+    return maximum(x, top);
+#endif
+}
+
 /* Features at a time: their maxima are chains of their own, so that none waits for another's. */
 enum { K(chains) = 4 };
 
 /* `nr` vectors of features from d on; of the last only `part` elements, if part > 0. False where `careful` is not and
- * some row is not finite: maximum() passes over a NaN, and nothing is stored. */
+ * some row is not finite: nothing is stored then. */
 INLINE bool K(max_columns)(int nr, int64_t n, const REAL *const *row, int64_t d, int part, REAL *top, bool add,
                            bool careful) {
     vec best[K(chains)], poison[K(chains)]; /* 0 while everything is finite, NaN after */
@@ -394,7 +403,7 @@ INLINE bool K(max_columns)(int nr, int64_t n, const REAL *const *row, int64_t d,
         UNROLL
         for (int j = 0; j < nr; j++) {
             const vec x = part ? load_part(y, part) : load(y + j * LANES);
-            best[j] = careful ? K(greater)(x, best[j]) : maximum(x, best[j]);
+            best[j] = careful ? K(greater)(x, best[j]) : K(larger)(x, best[j]);
             poison[j] = careful ? poison[j] : fma_vec(x, broadcast(0), poison[j]);
         }
     }

@@ -50,7 +50,7 @@ static inline bool any(bits x) {
 }
 
 /* The instruction set follows from VECTOR_BYTES (64: AVX-512, 32: AVX2): clang's target pragma defines no macro.
- * fma_vec(a, b, c) = a * b + c; maximum(a, b): b where either is NaN (aarch64: NaN);
+ * fma_vec(a, b, c) = a * b + c; maximum(a, b): b where either is NaN (aarch64: NaN) or where both are 0 (aarch64: +0);
  * select(word, a, b): lane t is a's where bit t of word is set;
  * load_part / store_part: the first n < LANES elements, 0 beyond. */
 #if VECTOR_BYTES == 64 && FLOAT_BITS == 32

@@ -504,10 +504,11 @@ static REAL T(greater)(REAL x, REAL top) { return x > top || (x != x && top == t
 
 static REAL **T(pool_rows)(int n, int64_t dim) {
     REAL **row = take(n, sizeof *row);
+    const bool all_finite = random_below(2);
     for (int i = 0; i < n; i++) {
         row[i] = T(small_numbers)(dim);
         for (int64_t d = 0; d < dim; d++)
-            if (random_below(40) == 0)
+            if (!all_finite && random_below(40) == 0)
                 row[i][d] = random_below(2) ? (REAL)NAN : -(REAL)INFINITY;
     }
     return row;
@@ -552,6 +553,12 @@ static void T(max_pool_rules)(void) {
         isas[isa].SUFFIX->max_pool_backward(2, row, 6, top, ones, grad_row);
         for (int d = 0; d < 6; d++)
             CHECK(first_grad[d] == (d != 1) && last_grad[d] == (d == 1), "%s [%d]", isas[isa].name, d);
+
+        const REAL *many[20] = {first + 2};
+        for (int i = 1; i < 20; i++)
+            many[i] = last + 2;
+        isas[isa].SUFFIX->max_pool(20, many, 2, top, false);
+        CHECK(signbit(top[0]) && !signbit(top[1]), "%s: of many rows", isas[isa].name);
     }
 }
 
