@@ -265,6 +265,11 @@ static void summarize_within(cmb_build *build, const dyadic *blocks, int top, in
     }
 }
 
+/* Whether the level's block that holds a chunk ends with it. */
+static bool ends_with(const dyadic *blocks, int level, int64_t chunk) {
+    return (chunk + 1) % (INT64_C(1) << (level - CHUNK_LEVEL)) == 0 || chunk == blocks->count[CHUNK_LEVEL] - 1;
+}
+
 /* The blocks of CHUNK_LEVEL, from their keys, and those that hold several. A chunk's task has those that end with it,
  * so that a causal plan's waves can be fused. */
 static void summarize_big_blocks(cmb_build *build, const dyadic *blocks) {
@@ -273,11 +278,10 @@ static void summarize_big_blocks(cmb_build *build, const dyadic *blocks) {
         cmb_build_wave(build);
         for (int64_t c = 0; c < chunks && cmb_build_task(build); c++) {
             int64_t b = c >> (level - CHUNK_LEVEL), first = b << level;
-            bool ends = ((c + 1) << CHUNK_LEVEL) == (b + 1) << level || c == chunks - 1;
-            if (ends && level == CHUNK_LEVEL)
+            if (level == CHUNK_LEVEL)
                 cmb_build_pool(build, blocks->first[level] + b,
                                cmb_list_make(first, 1, cmb_least(INT64_C(1) << level, L - first)));
-            else if (ends)
+            else if (ends_with(blocks, level, c))
                 pool_blocks(build, blocks, level, b, b + 1);
         }
     }
@@ -285,8 +289,7 @@ static void summarize_big_blocks(cmb_build *build, const dyadic *blocks) {
     for (int64_t c = 0; c < chunks && cmb_build_task(build); c++)
         for (int level = CHUNK_LEVEL; level <= blocks->top; level++) {
             int64_t b = c >> (level - CHUNK_LEVEL), first = b << level;
-            bool ends = ((c + 1) << CHUNK_LEVEL) == (b + 1) << level || c == chunks - 1;
-            if (!ends || !is_attended(blocks, level, b))
+            if (!ends_with(blocks, level, c) || !is_attended(blocks, level, b))
                 continue;
             cmb_build_tile(build, cmb_list_make(blocks->first[level] + b, 1, 1), 1);
             cmb_build_run(build, cmb_list_make(first, 1, cmb_least(INT64_C(1) << level, L - first)));

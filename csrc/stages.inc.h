@@ -32,8 +32,8 @@ enum {
     CHUNK = 384 / (int)sizeof(REAL), /* rows: 96 or 48, so that S, K or V and Q^T share the first-level cache */
     BLOCK = 6,                       /* rows that share one window of lane groups: a micro-kernel's height */
     NIBBLE = 4,                      /* lanes that share one window of rows */
-    SLICE = 12,                      /* rows or lanes of a product between two looks ahead, */
-    LOOK = 2,                        /* and what is fetched then: as many lines as may be under way at once */
+    SLICE = 12,                      /* rows or lanes of a product between two fetches ahead, */
+    FETCH = 2,                       /* and what is fetched then: as many lines as may be under way at once */
 };
 
 static const REAL infinity = (REAL)INFINITY;
@@ -51,14 +51,14 @@ typedef struct {
     const cmb_head *head;
     const cmb_tile *tile; /* or NULL */
     int32_t next;         /* of its queries and rows */
-} look;
+} fetching;
 
 struct cmb_scratch {
     const KERNELS *kernel;
     const cmb_half *half;
     bool backward;
     cmb_item *item; /* backward, of a head that workers share: the turns of the tile at hand */
-    look ahead;
+    fetching ahead;
     uint64_t seen;                     /* of the lanes, those that have seen something */
     const cmb_tile *ended;             /* the tile whose end packed, state and sum hold, if it began with nothing */
     int width;                         /* of the tile at hand */
@@ -239,7 +239,7 @@ static inline bool live(const cmb_head *head, int64_t x) {
     return head->count[x - head->L] > 0;
 }
 
-/* A look ahead may ask while another worker is at the task that picks: of an earlier pick it fetches the row in vain.
+/* A fetch ahead may ask while another worker is at the task that picks: of an earlier pick it fetches the row in vain.
  */
 static inline int32_t pick(const cmb_head *head, int64_t r) {
     return __atomic_load_n(&head->pick[r], __ATOMIC_RELAXED);
@@ -272,13 +272,13 @@ static inline REAL *lse_of(const cmb_head *head, int64_t x) {
     return x < head->L ? at(head->lse, x) : at(head->region_lse, x - head->L);
 }
 
-/* ---- looking ahead ------------------------------------------------------------------------------ */
+/* ---- fetching ahead ----------------------------------------------------------------------------- */
 
-static void look_at(const cmb_head *head, int32_t tile, cmb_scratch *w) {
+static void begin_fetching(const cmb_head *head, int32_t tile, cmb_scratch *w) {
     const cmb_tile *ahead = tile < 0 ? NULL : &head->plan->tile[tile];
     if (ahead && cmb_list_at(head->plan, ahead->query, 0) >= head->L) /* what regions ask with is not pooled yet */
         ahead = NULL;
-    w->ahead = (look){head, ahead, 0};
+    w->ahead = (fetching){head, ahead, 0};
 }
 
 static inline void fetch(table_row row, int64_t dim) {
@@ -288,13 +288,13 @@ static inline void fetch(table_row row, int64_t dim) {
         __builtin_prefetch(data + at);
 }
 
-static void look_ahead(cmb_scratch *w) {
+static void fetch_ahead(cmb_scratch *w) {
     const cmb_head *head = w->ahead.head;
     const cmb_tile *tile = w->ahead.tile;
     if (!tile)
         return;
     const cmb_list query = tile->query, row = head->plan->run[tile[1].run - 1].row;
-    const int32_t end = w->ahead.next + LOOK;
+    const int32_t end = w->ahead.next + FETCH;
     for (int32_t n = w->ahead.next; n < end; n++) {
         if (n < query.count) {
             const int32_t x = cmb_list_at(head->plan, query, n);
@@ -687,7 +687,7 @@ static inline void product(const tile_state *t, int64_t m, int64_t n, int64_t k,
                            const REAL *const *b, REAL *const *c, int64_t column, bool add, cmb_scratch *w) {
     for (int64_t i = 0; i < m; i += SLICE) {
         const int64_t slice = m - i < SLICE ? m - i : SLICE;
-        look_ahead(w);
+        fetch_ahead(w);
         if (is_paired(t))
             w->half->product(slice, n, k, a + i, a_step, b, c + i, column, add);
         else
@@ -944,9 +944,10 @@ static void begin_lanes(const cmb_head *head, tile_state *t, bool afresh, cmb_sc
         const table_row query = query_row(head, cmb_list_at(head->plan, t->tile->query, live_lane(t, lane)));
         w->lane_in[lane] = operand(t, query, head->D, false, w->query_row + lane * head->D, w);
         w->lane_out[lane] = w->sum + lane * dim;
-        if (!afresh)
-            resume(head, t, lane, m + lane, l + lane, w->lane_out[lane], &w->seen);
-        if (!afresh && l[lane] > 0)
+        if (afresh)
+            continue;
+        resume(head, t, lane, m + lane, l + lane, w->lane_out[lane], &w->seen);
+        if (l[lane] > 0)
             w->ended = NULL;
     }
     for (int lane = afresh ? 0 : t->n; lane < w->width; lane++) {
@@ -1101,7 +1102,7 @@ static void tile_forward(const cmb_head *head, int32_t number, int32_t ahead, cm
     const cmb_tile *tile = &head->plan->tile[number];
     if (!wanted(head, tile))
         return;
-    look_at(head, ahead, w);
+    begin_fetching(head, ahead, w);
     if (tile->width == 1)
         row_tile(head, tile, w, cancel, worker);
     else
@@ -1265,7 +1266,7 @@ static void tile_backward(const cmb_head *head, int32_t number, int32_t ahead, c
     const cmb_tile *tile = &head->plan->tile[number];
     if (!wanted(head, tile))
         return;
-    look_at(head, ahead, w);
+    begin_fetching(head, ahead, w);
     w->item = item;
     if (tile->width == 1)
         row_tile_backward(head, tile, w, cancel, worker);
