@@ -108,6 +108,10 @@ typedef struct {
     const cmb_run *run;   /* [runs] */
     const int32_t *index; /* [indices] */
     const uint64_t *mask; /* [masks] */
+    /* Where plans are made it is found which q_R only the task that pools it needs: ~n, the n-th of its task's, of
+     * which there are at most `own_queries`; any other is row n of `shared_queries`. NULL: of each region, row r. */
+    const int32_t *query_row; /* [R] */
+    int32_t own_queries, shared_queries;
 } cmb_plan;
 
 typedef struct {

@@ -219,6 +219,8 @@ typedef struct {
     const cmb_stage_table *stage;
     bool widens;                      /* the caller's elements are narrower than those computed with */
     int64_t L, R, N, children, tasks; /* the largest of the segments' and plans' */
+    int64_t own_queries;              /* of these, q_R that a worker has for the task at hand, */
+    int64_t queries;                  /* and that are in tables: all R where there are none of the former */
     int64_t segments;
     segment *segment; /* [segments] */
     int64_t units;    /* heads of segments forward, key heads backward */
@@ -238,7 +240,18 @@ typedef struct {
     atomic_int *through;   /* [slots][waves] then: tasks of the head that are through with a wave */
 } schedule;
 
+static bool pools_query(const cmb_problem *p) {
+    return p->stages & CMB_SUMMARIZE && !p->region_query.data && p->plan[0]->pooling != CMB_POOL_FIRST;
+}
+
+static bool picks_key(const cmb_problem *p) { return p->plan[0]->pooling == CMB_POOL_FIRST && !p->plan[0]->weighted; }
+
 static bool keeps_key(const cmb_problem *p) { return p->summary_key.data && p->plan[0]->weighted; }
+
+/* Where k_R is, or is to be kept. */
+static const cmb_array *region_key_of(const cmb_problem *p) {
+    return !(p->stages & CMB_SUMMARIZE) || (!p->region_key.data && keeps_key(p)) ? &p->summary_key : &p->region_key;
+}
 
 static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
     const cmb_problem *p = run->problem;
@@ -254,16 +267,16 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
         tables t = {0};
         t.count = cmb_take(arena, R, sizeof(int32_t));
         t.pick = cmb_take(arena, R, sizeof(int32_t));
-        if (summarize && (run->widens || !p->region_query.data))
-            t.query = cmb_take(arena, R, d);
-        if (run->widens || (summarize && !p->region_key.data && !keeps_key(p)))
+        if (p->region_query.data ? summarize && run->widens : pools_query(p))
+            t.query = cmb_take(arena, (size_t)run->queries, d);
+        if (region_key_of(p)->data ? run->widens : summarize && !picks_key(p))
             t.key = cmb_take(arena, R, d);
         if (run->widens || !p->summary_value.data)
             t.value = cmb_take(arena, R, dv);
         if (!p->summary_lse.data)
             t.lse = cmb_take(arena, R, r);
         if (backward && (run->widens || summarize)) {
-            t.query_grad = cmb_take(arena, R, d);
+            t.query_grad = cmb_take(arena, (size_t)run->queries, d);
             t.key_grad = cmb_take(arena, R, d);
             t.value_grad = cmb_take(arena, R, dv);
         }
@@ -284,7 +297,8 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
             table[i] = t;
     }
     for (int i = 0; i < run->workers; i++) {
-        cmb_scratch *s = run->stage->scratch(arena, p->D, p->Dv, run->N, run->children, p->dropout_p > 0, backward);
+        cmb_scratch *s = run->stage->scratch(arena, p->D, p->Dv, run->N, run->own_queries, run->children,
+                                             p->dropout_p > 0, backward);
         if (scratch)
             scratch[i] = s;
     }
@@ -349,11 +363,16 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
         run->R = it.R > run->R ? it.R : run->R;
     }
     int64_t fewest_tasks = INT32_MAX; /* of a head's waves fused */
+    int64_t own = 0, shared = 0;
+    bool found = true;
     run->fused = !backward;
     for (int64_t i = 0; i < p->plans; i++) {
         const cmb_plan *plan = p->plan[i];
         run->waves = plan->waves > run->waves ? plan->waves : run->waves;
         run->fused = run->fused && plan->is_fusible;
+        found = found && plan->query_row;
+        own = plan->own_queries > own ? plan->own_queries : own;
+        shared = plan->shared_queries > shared ? plan->shared_queries : shared;
         fewest_tasks = cmb_least(fewest_tasks, longest_wave(plan));
         run->tasks = plan->tasks > run->tasks ? plan->tasks : run->tasks;
         run->N = plan->N > run->N ? plan->N : run->N;
@@ -381,6 +400,11 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
         run->slots = run->slots < run->units ? run->slots : run->units;
         run->slots = run->slots < 1024 ? run->slots : 1024;
     }
+    /* A head that workers share has a task's tiles on several. */
+    const bool fits = run->workers * own + run->slots * shared < run->slots * run->R;
+    const bool apart = found && own > 0 && run->shared == 0 && fits && pools_query(p);
+    run->own_queries = apart ? own : 0;
+    run->queries = apart ? shared : run->R;
 }
 
 /* ---- one head ----------------------------------------------------------------------------------- */
@@ -437,11 +461,6 @@ static cmb_dropout dropout_of(const cmb_problem *p, const unit *u) {
     };
 }
 
-/* Where k_R is, or is to be kept. */
-static const cmb_array *region_key_of(const cmb_problem *p) {
-    return !(p->stages & CMB_SUMMARIZE) || (!p->region_key.data && keeps_key(p)) ? &p->summary_key : &p->region_key;
-}
-
 static cmb_head make_head(const schedule *run, const tables *t, const unit *u) {
     const cmb_problem *p = run->problem;
     const int64_t hk = u->h / (p->Hq / p->Hk);
@@ -460,7 +479,8 @@ static cmb_head make_head(const schedule *run, const tables *t, const unit *u) {
         .key_mask = p->key_mask ? p->key_mask + u->b * p->mask_batch + u->segment.first * p->mask_row : NULL,
         .mask_row = p->mask_row,
         .all_live = !p->key_mask, /* a region that a plan summarises or attends has a pool, and no pool is empty */
-        .pool_query = summarize && !first && !p->region_query.data,
+        .pool_query = pools_query(p),
+        .query_row = run->own_queries ? plan->query_row : NULL,
         .pool_key = summarize && !first && !p->region_key.data && !weighted,
         .pick_query = summarize && first && !p->region_query.data,
         .pick_key = summarize && first && !p->region_key.data && !weighted,
@@ -702,7 +722,9 @@ static void begin_gradients(const schedule *run, cmb_head *head, const tables *t
         zeroed(computed(run, summarize ? none : summary_value, t->value_grad, Dv), R, Dv, t->stale.region_value, true);
     if (!summarize)
         return;
-    head->grad.region_query = zeroed(computed(run, region_query, t->query_grad, D), R, D, t->stale.region_query, true);
+    const int64_t queries = head->query_row ? run->queries : R;
+    head->grad.region_query =
+        zeroed(computed(run, region_query, t->query_grad, D), queries, D, t->stale.region_query, true);
     /* A summary_key of Hk heads is one thing to a group, so its gradient enters once. */
     const bool enters = g->summary_key.data && u->h % (p->Hq / g->summary_key.heads) == 0;
     if (enters)
@@ -760,6 +782,7 @@ static cmb_head begin_backward(const schedule *run, const tables *t, const unit 
 
 static void backward_task(const schedule *run, const cmb_head *head, int32_t task, int worker) {
     const cmb_plan *plan = head->plan;
+    run->stage->pool_own(head, task, run->scratch[worker]);
     for (int32_t tile = plan->task[task + 1].tile - 1; tile >= plan->task[task].tile; tile--) {
         if (cmb_cancelled(run->cancel, worker))
             return;

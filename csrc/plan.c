@@ -12,7 +12,7 @@ static bool plan_size(const cmb_plan *plan, size_t *bytes) {
         {(size_t)plan->masks, sizeof *plan->mask},     {(size_t)plan->waves + 1, sizeof *plan->wave},
         {(size_t)plan->tasks + 1, sizeof *plan->task}, {(size_t)plan->pools, sizeof *plan->pool},
         {(size_t)plan->tiles + 1, sizeof *plan->tile}, {(size_t)plan->runs, sizeof *plan->run},
-        {(size_t)plan->indices, sizeof *plan->index},
+        {(size_t)plan->indices, sizeof *plan->index},  {(size_t)plan->R, sizeof *plan->query_row},
     };
     *bytes = sizeof *plan;
     for (size_t n = 0; n < sizeof part / sizeof *part; n++) {
@@ -70,18 +70,60 @@ static bool is_fusible(const cmb_plan *plan, int32_t *writer) {
     return true;
 }
 
-static cmb_status find_fusible(cmb_plan *plan, cmb_error *error) {
-    plan->is_fusible = false;
-    if (plan->waves < 2)
-        return CMB_OK;
+enum { NOBODY = -1, SEVERAL = -2 };
+
+/* Regions of the list: `task` needs their q_R. */
+static void need_queries(const cmb_plan *plan, cmb_list list, int32_t task, int32_t *needs) {
+    if (list.step && list.start < plan->L && list.start + (int64_t)list.step * (list.count - 1) < plan->L)
+        return;
+    for (int32_t n = 0; n < list.count; n++) {
+        const int64_t r = cmb_list_at(plan, list, n) - plan->L;
+        if (r >= 0 && r < plan->R)
+            needs[r] = needs[r] == NOBODY || needs[r] == task ? task : SEVERAL;
+    }
+}
+
+/* `row` has room for L + R. */
+static void find_query_rows(cmb_plan *plan, int32_t *row, int32_t *query_row) {
+    int32_t *needs = row;
+    for (int32_t r = 0; r < plan->R; r++) {
+        needs[r] = NOBODY;
+        query_row[r] = 0;
+    }
+    for (int32_t task = 0; task < plan->tasks; task++) {
+        for (int32_t n = plan->task[task].pool; n < plan->task[task + 1].pool; n++) {
+            need_queries(plan, plan->pool[n].child, task, needs);
+            need_queries(plan, cmb_list_make(plan->pool[n].row, 1, 1), task, needs);
+        }
+        for (int32_t n = plan->task[task].tile; n < plan->task[task + 1].tile; n++)
+            need_queries(plan, plan->tile[n].query, task, needs);
+    }
+    plan->own_queries = plan->shared_queries = 0;
+    for (int32_t r = 0; r < plan->R; r++)
+        if (needs[r] == SEVERAL)
+            query_row[r] = plan->shared_queries++;
+    for (int32_t task = 0; task < plan->tasks; task++) {
+        int32_t own = 0;
+        for (int32_t n = plan->task[task].pool; n < plan->task[task + 1].pool; n++) {
+            const int64_t r = plan->pool[n].row - plan->L;
+            if (r < plan->R && needs[r] == task)
+                query_row[r] = ~own++;
+        }
+        plan->own_queries = own > plan->own_queries ? own : plan->own_queries;
+    }
+    plan->query_row = query_row;
+}
+
+static cmb_status find_traits(cmb_plan *plan, int32_t *query_row, cmb_error *error) {
     const size_t bytes = (size_t)(plan->L + plan->R) * sizeof(int32_t);
-    int32_t *writer = cmb_allocate(bytes);
-    if (!writer)
+    int32_t *row = cmb_allocate(bytes);
+    if (!row)
         return cmb_fail(error, CMB_ERR_MEMORY, "out of memory: a plan of length %lld needs %zu bytes while it is made",
                         (long long)plan->L, bytes);
-    memset(writer, 0, bytes);
-    plan->is_fusible = is_fusible(plan, writer);
-    cmb_release(writer);
+    memset(row, 0, bytes);
+    plan->is_fusible = plan->waves > 1 && is_fusible(plan, row);
+    find_query_rows(plan, row, query_row);
+    cmb_release(row);
     return CMB_OK;
 }
 
@@ -102,7 +144,7 @@ static cmb_status plan_copy(const cmb_plan *from, cmb_plan **plan, cmb_error *er
     copy->tile = place(&at, from->tile, (size_t)from->tiles + 1, sizeof *from->tile);
     copy->run = place(&at, from->run, (size_t)from->runs, sizeof *from->run);
     copy->index = place(&at, from->index, (size_t)from->indices, sizeof *from->index);
-    cmb_status status = find_fusible(copy, error);
+    cmb_status status = find_traits(copy, (int32_t *)at, error);
     if (status)
         cmb_release(copy);
     else

@@ -36,6 +36,8 @@ typedef struct {
     bool weighted;             /* k_R comes out of the summarising softmax, beside h_R */
     int32_t *count;            /* [R] unmasked positions below */
     int32_t *pick;             /* [R] */
+    const int32_t *query_row;  /* [R] q_R is row n of region_query, or ~n of what the scratch has for the task at hand;
+                                * NULL: row r of region_query */
 
     cmb_rows query, key, value;
     cmb_rows region_query, region_key, region_value, region_lse;
@@ -69,11 +71,13 @@ typedef struct cmb_scratch cmb_scratch;
 typedef struct {
     size_t size;        /* of an element that is computed with */
     size_t stored_size; /* of one of the caller's, but for those of lse */
-    /* Takes a scratch from the arena (NULL while measuring) for plans of at most N scratch rows and
-     * `children` children of a pool. */
-    cmb_scratch *(*scratch)(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t children, bool dropout,
-                            bool backward);
+    /* Takes a scratch from the arena (NULL while measuring) for plans of at most N scratch rows, tasks with the q_R of
+     * `queries` regions, and pools of `children`. */
+    cmb_scratch *(*scratch)(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t queries, int64_t children,
+                            bool dropout, bool backward);
     void (*pool)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
+    /* Backward, before a task's tiles: what `pool` leaves to each task, its own q_R. */
+    void (*pool_own)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
     void (*pool_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_item *item);
     /* `ahead` is a tile that the worker has before it, or -1. */
     void (*tile)(const cmb_head *head, int32_t tile, int32_t ahead, cmb_scratch *scratch, cmb_cancel *cancel,

@@ -34,6 +34,7 @@ enum {
     NIBBLE = 4,                      /* lanes that share one window of rows */
     SLICE = 12,                      /* rows or lanes of a product between two fetches ahead, */
     FETCH = 2,                       /* and what is fetched then: as many lines as may be under way at once */
+    NEAR = 6,                        /* rows from one that is fetched to the one that is copied meanwhile */
 };
 
 static const REAL infinity = (REAL)INFINITY;
@@ -94,19 +95,20 @@ struct cmb_scratch {
     REAL *pair_query, *pair_grad;               /* [32][D], [32][Dv] */
     const REAL **pair_query_in, **pair_grad_in; /* [32] */
 
-    int64_t N;
+    int64_t N, queries;
     REAL *pool_query, *pool_key;           /* [N][D] */
     REAL *pool_query_grad, *pool_key_grad; /* [N][D] */
+    REAL *own_query, *own_query_grad;      /* [queries][D] */
     int32_t *count, *pick;                 /* [N] */
     const REAL **child;                    /* [children] */
     REAL **child_grad;                     /* [children] */
     REAL *weight;                          /* [children] */
 };
 
-static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t children, bool dropout,
-                                 bool backward) {
+static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t queries, int64_t children,
+                                 bool dropout, bool backward) {
     const cmb_half *half = HALF;
-    cmb_scratch s = {.half = half, .backward = backward, .N = N};
+    cmb_scratch s = {.half = half, .backward = backward, .N = N, .queries = queries};
     cmb_scratch *scratch = cmb_take(arena, 1, sizeof s);
     const size_t r = sizeof(REAL), p = sizeof(void *), d = (size_t)D, dv = (size_t)Dv, n = (size_t)N,
                  c = (size_t)children;
@@ -128,6 +130,7 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
     s.keep = cmb_take(arena, dropout ? CHUNK * WIDEST : 0, r);
     s.pool_query = cmb_take(arena, n, d * r);
     s.pool_key = cmb_take(arena, n, d * r);
+    s.own_query = cmb_take(arena, (size_t)queries, d * r);
     s.query_row = cmb_take(arena, WIDEST * d, r);
     s.key_row = cmb_take(arena, CHUNK * d, r);
     s.value_row = cmb_take(arena, CHUNK * dv, r);
@@ -146,6 +149,7 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
         s.key_grad_in = cmb_take(arena, WIDEST, p);
         s.pool_query_grad = cmb_take(arena, n, d * r);
         s.pool_key_grad = cmb_take(arena, n, d * r);
+        s.own_query_grad = cmb_take(arena, (size_t)queries, d * r);
         s.child_grad = cmb_take(arena, c, p);
         s.grad_row = cmb_take(arena, WIDEST * dv, r);
         s.result_row = cmb_take(arena, widens ? 2 * dv : 0, r);
@@ -231,6 +235,12 @@ static inline REAL *sum_at(cmb_rows rows, int64_t x) {
     return at(rows, x);
 }
 
+/* Of q_R, or of its gradient; `own` are the rows of the task at hand. */
+static inline REAL *region_query_at(const cmb_head *head, cmb_rows rows, REAL *own, int64_t r) {
+    const int64_t n = head->query_row ? head->query_row[r] : r;
+    return n < 0 ? own + ~n * head->D : sum_at(rows, n);
+}
+
 static inline bool live(const cmb_head *head, int64_t x) {
     if (head->all_live)
         return true;
@@ -245,11 +255,11 @@ static inline int32_t pick(const cmb_head *head, int64_t r) {
     return __atomic_load_n(&head->pick[r], __ATOMIC_RELAXED);
 }
 
-static inline table_row query_row(const cmb_head *head, int64_t x) {
+static inline table_row query_row(const cmb_head *head, int64_t x, const cmb_scratch *w) {
     const int64_t r = x - head->L;
     if (r < 0 || head->pick_query)
         return stored_row(head->query, r < 0 ? x : pick(head, r));
-    return number_row(at(head->region_query, r));
+    return number_row(region_query_at(head, head->region_query, w->own_query, r));
 }
 
 static inline table_row key_row(const cmb_head *head, int64_t x) {
@@ -298,7 +308,7 @@ static void fetch_ahead(cmb_scratch *w) {
     for (int32_t n = w->ahead.next; n < end; n++) {
         if (n < query.count) {
             const int32_t x = cmb_list_at(head->plan, query, n);
-            fetch(query_row(head, x), head->D);
+            fetch(query_row(head, x, w), head->D);
             if (w->backward) {
                 fetch(stored_row(head->out, x), head->Dv);
                 fetch(stored_row(head->grad.out, x), head->Dv);
@@ -331,10 +341,30 @@ static inline bool in_pool(const cmb_head *head, cmb_scratch *w, int32_t x) {
     return !head->counted || (x < head->L ? live(head, x) : *count_of(head, w, x) > 0);
 }
 
-/* Row x of the gradients of queries or of keys, scratch rows included; and of these themselves beyond positions. */
-static inline REAL *pool_row(const cmb_head *head, cmb_rows own, cmb_rows regions, REAL *scratch, int64_t x) {
+/* The rows of queries or of keys, or of their gradients. */
+typedef struct {
+    cmb_rows position, region;
+    REAL *scratch; /* [N][D] */
+    bool queries;
+    REAL *own; /* of queries */
+} pooled;
+
+static pooled pooled_queries(const cmb_head *head, const cmb_scratch *w) {
+    return (pooled){head->query, head->region_query, w->pool_query, true, w->own_query};
+}
+
+static pooled pooled_keys(const cmb_head *head, const cmb_scratch *w) {
+    return (pooled){head->key, head->region_key, w->pool_key, false, NULL};
+}
+
+/* Row x; of queries and keys themselves beyond the positions. */
+static inline REAL *pool_row(const cmb_head *head, const pooled *rows, int64_t x) {
     const int64_t r = x - head->L, R = head->plan->R;
-    return x < head->L ? sum_at(own, x) : r < R ? sum_at(regions, r) : scratch + (r - R) * head->D;
+    if (r < 0)
+        return sum_at(rows->position, x);
+    if (r >= R)
+        return rows->scratch + (r - R) * head->D;
+    return rows->queries ? region_query_at(head, rows->region, rows->own, r) : sum_at(rows->region, r);
 }
 
 /* Positions below the children of a pool step; in w->weight each child's, when there are any dead or means. */
@@ -356,31 +386,29 @@ static int32_t count_children(const cmb_head *head, const cmb_pool *pool, cmb_sc
     return total;
 }
 
-static void gather_children(const cmb_head *head, const cmb_pool *pool, cmb_scratch *w, cmb_rows own, cmb_rows regions,
-                            REAL *scratch) {
+static void gather_children(const cmb_head *head, const cmb_pool *pool, const pooled *rows, cmb_scratch *w) {
     for (int32_t t = 0, n = 0; t < pool->child.count; t++) {
         const int32_t x = cmb_list_at(head->plan, pool->child, t);
         if (!in_pool(head, w, x))
             continue;
-        w->child[n] = x < head->L ? numbers(stored_row(own, x), head->D, w->child_row + n * head->D, w)
-                                  : pool_row(head, own, regions, scratch, x);
+        w->child[n] = x < head->L ? numbers(stored_row(rows->position, x), head->D, w->child_row + n * head->D, w)
+                                  : pool_row(head, rows, x);
         n++;
     }
 }
 
-static void gather_child_gradients(const cmb_head *head, const cmb_pool *pool, cmb_scratch *w, cmb_rows own,
-                                   cmb_rows regions, REAL *scratch) {
+static void gather_child_gradients(const cmb_head *head, const cmb_pool *pool, const pooled *rows, cmb_scratch *w) {
     for (int32_t t = 0, n = 0; t < pool->child.count; t++) {
         const int32_t x = cmb_list_at(head->plan, pool->child, t);
         if (in_pool(head, w, x))
-            w->child_grad[n++] = pool_row(head, own, regions, scratch, x);
+            w->child_grad[n++] = pool_row(head, rows, x);
     }
 }
 
-static void pool_table(const cmb_head *head, const cmb_pool *pool, cmb_scratch *w, int32_t n, int32_t total,
-                       cmb_rows own, cmb_rows regions, REAL *scratch) {
-    REAL *to = pool_row(head, own, regions, scratch, pool->row);
-    gather_children(head, pool, w, own, regions, scratch);
+static void pool_rows(const cmb_head *head, const cmb_pool *pool, const pooled *rows, int32_t n, int32_t total,
+                      cmb_scratch *w) {
+    REAL *to = pool_row(head, rows, pool->row);
+    gather_children(head, pool, rows, w);
     if (n == 1) { /* exactly, whatever the pool */
         memcpy(to, w->child[0], (size_t)head->D * sizeof(REAL));
     } else if (head->plan->pooling == CMB_POOL_MAX) {
@@ -393,9 +421,10 @@ static void pool_table(const cmb_head *head, const cmb_pool *pool, cmb_scratch *
     }
 }
 
-/* The task's pools into rows from `least` on. */
-static void pool_from(const cmb_head *head, int32_t task, int64_t least, cmb_scratch *w) {
+/* The task's pools, of queries and of keys as they are wanted, into rows from `least` on. */
+static void pool_from(const cmb_head *head, int32_t task, int64_t least, bool queries, bool keys, cmb_scratch *w) {
     const cmb_plan *plan = head->plan;
+    const pooled query = pooled_queries(head, w), key = pooled_keys(head, w);
     for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++) {
         const cmb_pool *step = &plan->pool[p];
         int32_t n;
@@ -411,28 +440,37 @@ static void pool_from(const cmb_head *head, int32_t task, int64_t least, cmb_scr
             __atomic_store_n(pick_of(head, w, step->row), x < head->L ? x : *pick_of(head, w, x), __ATOMIC_RELAXED);
             continue;
         }
-        if (head->pool_query)
-            pool_table(head, step, w, n, total, head->query, head->region_query, w->pool_query);
-        if (head->pool_key)
-            pool_table(head, step, w, n, total, head->key, head->region_key, w->pool_key);
+        if (queries && head->pool_query)
+            pool_rows(head, step, &query, n, total, w);
+        if (keys && head->pool_key)
+            pool_rows(head, step, &key, n, total, w);
     }
 }
 
-static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) { pool_from(head, task, head->L, w); }
+static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) {
+    const bool later = w->backward && head->query_row && head->plan->shared_queries == 0;
+    pool_from(head, task, head->L, !later, true, w);
+}
+
+static void pool_own(const cmb_head *head, int32_t task, cmb_scratch *w) {
+    if (!head->query_row)
+        return;
+    pool_from(head, task, head->L, true, false, w);
+    memset(w->own_query_grad, 0, (size_t)(w->queries * head->D) * sizeof(REAL));
+}
 
 static void add_row(cmb_scratch *w, int64_t dim, REAL factor, const REAL *from, REAL *to) {
     const REAL *a = &factor;
     w->kernel->product(1, dim, 1, &a, 0, &from, &to, 0, true);
 }
 
-static void pool_table_backward(const cmb_head *head, const cmb_pool *pool, cmb_scratch *w, int32_t n, int32_t total,
-                                cmb_rows own, cmb_rows regions, REAL *scratch, cmb_rows own_grad, cmb_rows regions_grad,
-                                REAL *scratch_grad) {
-    const REAL *top = pool_row(head, own, regions, scratch, pool->row);
-    REAL *grad = pool_row(head, own_grad, regions_grad, scratch_grad, pool->row);
-    gather_child_gradients(head, pool, w, own_grad, regions_grad, scratch_grad);
+static void pool_rows_backward(const cmb_head *head, const cmb_pool *pool, const pooled *rows, const pooled *grads,
+                               int32_t n, int32_t total, cmb_scratch *w) {
+    const REAL *top = pool_row(head, rows, pool->row);
+    REAL *grad = pool_row(head, grads, pool->row);
+    gather_child_gradients(head, pool, grads, w);
     if (n > 1 && head->plan->pooling == CMB_POOL_MAX) {
-        gather_children(head, pool, w, own, regions, scratch);
+        gather_children(head, pool, rows, w);
         w->kernel->max_pool_backward(n, w->child, head->D, top, grad, w->child_grad);
     } else {
         for (int32_t t = 0; t < n; t++) {
@@ -444,10 +482,13 @@ static void pool_table_backward(const cmb_head *head, const cmb_pool *pool, cmb_
 
 static void pool_backward(const cmb_head *head, int32_t task, cmb_scratch *w, cmb_item *item) {
     const cmb_plan *plan = head->plan;
+    const pooled query = pooled_queries(head, w), key = pooled_keys(head, w);
+    const pooled query_grad = {head->grad.query, head->grad.region_query, w->pool_query_grad, true, w->own_query_grad};
+    const pooled key_grad = {head->grad.key, head->grad.region_key, w->pool_key_grad, false, NULL};
     if (!cmb_await_all(item))
         return;
     if (plan->N) { /* the scratch rows are other tasks' by now */
-        pool_from(head, task, head->L + plan->R, w);
+        pool_from(head, task, head->L + plan->R, !head->query_row, true, w);
         memset(w->pool_query_grad, 0, (size_t)(plan->N * head->D) * sizeof(REAL));
         memset(w->pool_key_grad, 0, (size_t)(plan->N * head->D) * sizeof(REAL));
     }
@@ -466,11 +507,9 @@ static void pool_backward(const cmb_head *head, int32_t task, cmb_scratch *w, cm
             continue;
         }
         if (head->pool_query)
-            pool_table_backward(head, step, w, n, total, head->query, head->region_query, w->pool_query,
-                                head->grad.query, head->grad.region_query, w->pool_query_grad);
+            pool_rows_backward(head, step, &query, &query_grad, n, total, w);
         if (head->pool_key)
-            pool_table_backward(head, step, w, n, total, head->key, head->region_key, w->pool_key, head->grad.key,
-                                head->grad.region_key, w->pool_key_grad);
+            pool_rows_backward(head, step, &key, &key_grad, n, total, w);
     }
 }
 
@@ -522,7 +561,7 @@ static inline int live_lane(const tile_state *t, int lane) {
  * two apart, so that they share few of a cache's sets, and each has its own page. Narrow tiles use a row too few times.
  */
 static inline bool is_scattered(const cmb_tile *tile, cmb_list list, cmb_rows rows, int64_t dim) {
-    return tile->width > CMB_GROUP && (list.step > 1 || rows.row != dim);
+    return tile->width > CMB_GROUP && (list.step != 1 || rows.row != dim);
 }
 
 /* A row of the tile as its products take it, made in `copy` where it is not so already. */
@@ -537,6 +576,8 @@ static inline void operands(const tile_state *t, cmb_rows rows, bool computed, i
                             int64_t dim, bool scattered, REAL *copy, const REAL **to, const cmb_scratch *w) {
     for (int i = 0; i < n; i++, x += step) {
         const table_row row = computed ? number_row(at(rows, x)) : stored_row(rows, x);
+        if (scattered && i + NEAR < n)
+            fetch(computed ? number_row(at(rows, x + NEAR * step)) : stored_row(rows, x + NEAR * step), dim);
         to[i] = operand(t, row, dim, scattered, copy + i * dim, w);
     }
 }
@@ -618,6 +659,11 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
                 const int32_t x = cmb_list_at(plan, list, t->next);
                 if (!live(head, x))
                     continue;
+                if (t->next + NEAR < list.count) {
+                    const int32_t near = cmb_list_at(plan, list, t->next + NEAR);
+                    fetch(key_row(head, near), head->D);
+                    fetch(value_row(head, near), head->Dv);
+                }
                 gather_row(head, t, list, x, n, w);
                 w->lanes[n++] = (mask ? mask[t->next] & t->all : t->all) & ~had_by(t, t->next);
             }
@@ -941,7 +987,7 @@ static void begin_lanes(const cmb_head *head, tile_state *t, bool afresh, cmb_sc
     w->ended = t->dropout ? NULL : t->tile;
     memset(w->sum, 0, (size_t)(t->n * dim) * sizeof(REAL));
     for (int lane = 0; lane < t->n; lane++) {
-        const table_row query = query_row(head, cmb_list_at(head->plan, t->tile->query, live_lane(t, lane)));
+        const table_row query = query_row(head, cmb_list_at(head->plan, t->tile->query, live_lane(t, lane)), w);
         w->lane_in[lane] = operand(t, query, head->D, false, w->query_row + lane * head->D, w);
         w->lane_out[lane] = w->sum + lane * dim;
         if (afresh)
@@ -1064,7 +1110,7 @@ static void row_tile(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w,
         return;
     memset(sum, 0, (size_t)(head->Dv + (t.weighted ? head->D : 0)) * sizeof(REAL));
     resume(head, &t, 0, &m, &l, sum, &seen);
-    memcpy(query, numbers(query_row(head, cmb_list_at(head->plan, tile->query, 0)), head->D, w->query_row, w),
+    memcpy(query, numbers(query_row(head, cmb_list_at(head->plan, tile->query, 0), w), head->D, w->query_row, w),
            (size_t)head->D * sizeof(REAL));
     w->kernel->scale(head->D, query, (REAL)(head->scale * log2_e));
     while (gather(head, &t, w)) {
@@ -1134,13 +1180,14 @@ static bool begin_lane(const cmb_head *head, const tile_state *t, int lane, REAL
     const int64_t x = cmb_list_at(head->plan, t->tile->query, lane), r = x - head->L;
     const REAL lse = *lse_of(head, x);
     *lse2 = *delta = 0;
-    const table_row query = query_row(head, cmb_list_at(head->plan, t->tile->query, live_lane(t, lane)));
+    const table_row query = query_row(head, cmb_list_at(head->plan, t->tile->query, live_lane(t, lane)), w);
     const table_row grad = r < 0 ? stored_row(head->grad.out, x) : number_row(sum_at(head->grad.region_value, r));
     const bool far_query = is_scattered(t->tile, t->tile->query, head->query, head->D);
     const bool far_grad = is_scattered(t->tile, t->tile->query, head->grad.out, head->Dv);
     w->lane_in[lane] = operand(t, query, head->D, far_query, w->query_row + lane * head->D, w);
     w->grad_in[lane] = operand(t, grad, head->Dv, far_grad, w->grad_row + lane * head->Dv, w);
-    w->lane_out[lane] = r < 0 ? sum_at(head->grad.query, x) : sum_at(head->grad.region_query, r);
+    w->lane_out[lane] =
+        r < 0 ? sum_at(head->grad.query, x) : region_query_at(head, head->grad.region_query, w->own_query_grad, r);
     w->key_grad_in[lane] = t->weighted ? sum_at(head->grad.region_key, r) : NULL;
     if (lse == -infinity)
         return false;
@@ -1333,6 +1380,7 @@ const cmb_stage_table *NAME2(cmb_stages, FORMAT)(void) {
         .stored_size = sizeof(STORED),
         .scratch = take_scratch,
         .pool = pool,
+        .pool_own = pool_own,
         .pool_backward = pool_backward,
         .tile = tile_forward,
         .tile_backward = tile_backward,

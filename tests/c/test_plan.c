@@ -542,6 +542,66 @@ static void test_fusible(void) {
                 }
 }
 
+/* ---- q_R that only one task needs ---- */
+
+typedef struct {
+    int64_t first, last;
+} range;
+
+static void touch(const cmb_plan *plan, range *tasks, int64_t row, int64_t task) {
+    if (row < plan->L || row >= plan->L + plan->R)
+        return;
+    range *own = &tasks[row - plan->L];
+    own->first = own->first < task ? own->first : task;
+    own->last = own->last > task ? own->last : task;
+}
+
+/* By the tasks that pool a region, pool it further, or ask with it: at most so many of a task's are its alone, and so
+ * many are not. */
+static void count_queries(const cmb_plan *plan, int64_t *own, int64_t *shared) {
+    range *tasks = calloc((size_t)plan->R + 1, sizeof *tasks);
+    int64_t *alone = calloc((size_t)plan->tasks + 1, sizeof *alone);
+    for (int64_t r = 0; r < plan->R; r++)
+        tasks[r] = (range){plan->tasks, -1};
+    for (int64_t task = 0; task < plan->tasks; task++) {
+        for (int64_t n = plan->task[task].pool; n < plan->task[task + 1].pool; n++) {
+            const cmb_pool *pool = &plan->pool[n];
+            touch(plan, tasks, pool->row, task);
+            for (int64_t i = 0; i < pool->child.count; i++)
+                touch(plan, tasks, row_at(plan, pool->child, i), task);
+        }
+        for (int64_t n = plan->task[task].tile; n < plan->task[task + 1].tile; n++)
+            for (int64_t q = 0; q < plan->tile[n].query.count; q++)
+                touch(plan, tasks, row_at(plan, plan->tile[n].query, q), task);
+    }
+    *own = *shared = 0;
+    for (int64_t r = 0; r < plan->R; r++)
+        if (tasks[r].first < tasks[r].last)
+            (*shared)++;
+        else if (tasks[r].last >= 0 && ++alone[tasks[r].last] > *own)
+            *own = alone[tasks[r].last];
+    free(tasks);
+    free(alone);
+}
+
+static void test_own_queries(void) {
+    for (kind k = DENSE; k < KINDS; k++)
+        for (int64_t L = 1; L < 5000; L = 3 * L + 1)
+            for (int bits = 0; bits < 4; bits++)
+                for (int64_t span = 5; span < 1000; span *= 5) {
+                    const factorization f = {k, L, span, bits & 1, bits & 2};
+                    cmb_plan *plan = make(&f);
+                    int64_t own, shared;
+                    count_queries(plan, &own, &shared);
+                    CHECK(plan->own_queries == own && plan->shared_queries == shared,
+                          "kind %d L %lld span %lld: %d and %d, not %lld and %lld", (int)k, (long long)L,
+                          (long long)span, plan->own_queries, plan->shared_queries, (long long)own, (long long)shared);
+                    if (k == FIXED || k == VERTICAL || k == MIXTURE)
+                        CHECK(shared == 0 && (own > 0) == (plan->pools > 0));
+                    cmb_plan_free(plan);
+                }
+}
+
 /* ---- a causal prefix computes the same ---- */
 
 typedef struct {
@@ -1233,6 +1293,7 @@ int main(int argc, char **argv) {
         TEST(test_blocks_longer_than_a_chunk),
         TEST(test_long_plans),
         TEST(test_fusible),
+        TEST(test_own_queries),
         TEST(test_prefixes),
         TEST(test_random_parts),
         TEST(test_known_parts),
