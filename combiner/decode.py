@@ -654,21 +654,11 @@ def _plan(length: int, queries: int, lists: Sequence[tuple[int, int]], regions: 
     sizes : `[R]`, the positions that each region stands for, if these join the logits.
     """
     L, R = length, regions
-    each, which = np.unique(sizes, return_inverse=True) if sizes is not None and R else ([1], None)
-    N = int(each[-1]).bit_length()
-    # Sizes are what pools count: scratch row p stands for 2^p positions, and a region pools those of its size's bits.
-    pool = np.empty((N + R, 4), np.int64)
-    pool[:N] = [(L + R + p, 2 * p - 2, 0, 2) if p else (L + R, 0, 1, 1) for p in range(N)]
-    index = [L + R + p for p in range(N - 1) for _ in range(2)]
-    child = []
-    for size in map(int, each):
-        bits = [L + R + p for p in range(N) if size >> p & 1]
-        child.append((len(index), 0, len(bits)))
-        index += bits
-    pool[N:, 0] = np.arange(L, L + R)
-    pool[N:, 1:] = child[0] if len(child) == 1 else np.array(child)[which]
-    # A region must have been a query before it is attended; its tile is not run.
-    tile = [(L + first, 1, min(64, R - first), n, 64) for n, first in enumerate(range(0, R, 64))]
+    N, pool, index, tile = 0, np.empty((0, 4), np.int64), [], []
+    if sizes is not None and R:
+        N, pool, index = _count(L, sizes)
+        # A pooled region must have been a query before it is attended; its tile is not run.
+        tile = [(L + first, 1, min(64, R - first), n, 64) for n, first in enumerate(range(0, R, 64))]
     run = [(0, 1, 1, -1)] * len(tile)
     for i in range(L - queries, L):
         tile.append((i, 1, 1, len(run), 1))
@@ -676,7 +666,7 @@ def _plan(length: int, queries: int, lists: Sequence[tuple[int, int]], regions: 
         run.append((0, 1, i + 1, -1))
     return Plan.from_arrays(
         [0, 1],
-        [(0, 0), (N + R, len(tile))],
+        [(0, 0), (len(pool), len(tile))],
         pool,
         [*tile, (0, 0, 0, len(run), 0)],
         run,
@@ -687,3 +677,22 @@ def _plan(length: int, queries: int, lists: Sequence[tuple[int, int]], regions: 
         scratch=N,
         size_bias=sizes is not None,
     )
+
+
+def _count(length: int, sizes: Array) -> tuple[int, Array, list[int]]:
+    """Scratch rows, pools and their index array, by which each region counts as many positions as it stands for."""
+    L, R = length, len(sizes)
+    each, which = np.unique(sizes, return_inverse=True)
+    N = int(each[-1]).bit_length()
+    # Scratch row p stands for 2^p positions, and a region pools those of its size's bits.
+    pool = np.empty((N + R, 4), np.int64)
+    pool[:N] = [(L + R + p, 2 * p - 2, 0, 2) if p else (L + R, 0, 1, 1) for p in range(N)]
+    index = [L + R + p for p in range(N - 1) for _ in range(2)]
+    child = []
+    for size in map(int, each):
+        bits = [L + R + p for p in range(N) if size >> p & 1]
+        child.append((len(index), 0, len(bits)))
+        index += bits
+    pool[N:, 0] = np.arange(L, L + R)
+    pool[N:, 1:] = np.array(child)[which]
+    return N, pool, index

@@ -131,6 +131,9 @@ static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *
         if (plan->L != L)
             return cmb_fail(error, CMB_ERR_VALUE, "plan must be of length %lld, got %lld", (long long)L,
                             (long long)plan->L);
+        if (plan->only_attends && p->stages & CMB_SUMMARIZE)
+            return cmb_fail(error, CMB_ERR_VALUE,
+                            "plan must pool the regions it attends, or they must be given to attend");
         if (plan->pooling != first->pooling || plan->size_bias != first->size_bias ||
             plan->weighted != first->weighted || plan->is_causal != first->is_causal)
             return cmb_fail(error, CMB_ERR_VALUE,
@@ -394,8 +397,9 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
         const int64_t rows_met = run->fused && !run->widens ? run->R : run->L + run->R;
         const int64_t bytes = rows_met * (2 * p->D + p->Dv) * (int64_t)run->stage->size;
         const int64_t fit = bytes > 0 ? bytes_in_flight / bytes : INT64_MAX;
-        /* A wave of one head may have few tasks, and a head fused makes its workers wait for one another. */
-        const int64_t fewest = cmb_least(run->workers, (run->workers + 3) / 4 + run->fused);
+        /* A wave of one head may have few tasks, or one, and a head fused makes its workers wait for one another. */
+        const int64_t fewest =
+            fewest_tasks < 4 ? run->workers : cmb_least(run->workers, (run->workers + 3) / 4 + run->fused);
         run->slots = fit > fewest ? fit : fewest;
         run->slots = run->slots < run->units ? run->slots : run->units;
         run->slots = run->slots < 1024 ? run->slots : 1024;
@@ -527,6 +531,8 @@ static void widen_regions(const schedule *run, const cmb_head *head, const unit 
 
 static void clear_counts(const cmb_head *head) {
     memset(head->count, 0, (size_t)head->plan->R * sizeof(int32_t));
+    for (int32_t r = 0; head->plan->only_attends && r < head->plan->R; r++)
+        head->count[r] = 1; /* whatever it stands for, it is there */
     memset(head->pick, 0, (size_t)head->plan->R * sizeof(int32_t));
 }
 

@@ -114,6 +114,14 @@ static void find_query_rows(cmb_plan *plan, int32_t *row, int32_t *query_row) {
     plan->query_row = query_row;
 }
 
+static bool attends_regions(const cmb_plan *plan) {
+    for (int32_t run = 0; run < plan->runs; run++)
+        for (int32_t n = 0; n < plan->run[run].row.count; n++)
+            if (cmb_list_at(plan, plan->run[run].row, n) >= plan->L)
+                return true;
+    return false;
+}
+
 static cmb_status find_traits(cmb_plan *plan, int32_t *query_row, cmb_error *error) {
     const size_t bytes = (size_t)(plan->L + plan->R) * sizeof(int32_t);
     int32_t *row = cmb_allocate(bytes);
@@ -123,6 +131,7 @@ static cmb_status find_traits(cmb_plan *plan, int32_t *query_row, cmb_error *err
     memset(row, 0, bytes);
     plan->is_fusible = plan->waves > 1 && is_fusible(plan, row);
     find_query_rows(plan, row, query_row);
+    plan->only_attends = plan->pools == 0 && attends_regions(plan);
     cmb_release(row);
     return CMB_OK;
 }
@@ -598,7 +607,8 @@ static cmb_status check_run(checker *check, int32_t number, const cmb_run *run) 
     for (int32_t n = 0; n < run->row.count; n++) {
         int32_t key = cmb_list_at(plan, run->row, n);
         row_state *row = check->row + key;
-        if (key >= plan->L && (row->tile == number || !is_settled(check, row->asked)))
+        const bool is_given = plan->pools == 0 && row->asked < 0;
+        if (key >= plan->L && !is_given && (row->tile == number || !is_settled(check, row->asked)))
             return cmb_fail(check->error, CMB_ERR_VALUE, "tile %d attends region %lld before it is summarized", number,
                             (long long)(key - plan->L));
         row->read = true;

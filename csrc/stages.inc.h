@@ -425,6 +425,8 @@ static void pool_rows(const cmb_head *head, const cmb_pool *pool, const pooled *
 static void pool_from(const cmb_head *head, int32_t task, int64_t least, bool queries, bool keys, cmb_scratch *w) {
     const cmb_plan *plan = head->plan;
     const pooled query = pooled_queries(head, w), key = pooled_keys(head, w);
+    if (!head->counted && !head->pool_query && !head->pool_key && plan->pooling != CMB_POOL_FIRST)
+        return;
     for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++) {
         const cmb_pool *step = &plan->pool[p];
         int32_t n;

@@ -373,3 +373,24 @@ def test_a_causal_call_refuses_a_plan_that_is_not():
         combiner.attention(q, q, q, plan, is_causal=True)
     with pytest.raises(ValueError, match="length"):
         combiner.attention(q[:, :2], q[:, :2], q[:, :2], plan)
+
+
+def test_a_plan_without_pools_attends_regions_that_are_given():
+    L, R, D = 3, 70, 8
+    tile = [[0, 1, L, 0, 16], [0, 0, 0, 2, 0]]
+    plan = Plan.from_arrays(
+        [0, 1], [[0, 0], [0, 1]], [], tile, [[L, 1, R, -1], [0, 1, L, -1]], [], [], length=L, regions=R
+    )
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, L, D))
+    region_key, region_value = rng.standard_normal((2, 2, R, D))
+    for mask in (None, np.array([True, False, True])):
+        seen = slice(None) if mask is None else mask
+        keys, values = (np.concatenate([x[:, seen], y], 1) for x, y in ((k, region_key), (v, region_value)))
+        weights = np.exp(q @ keys.swapaxes(-1, -2) / np.sqrt(D))
+        expected = weights @ values / weights.sum(-1, keepdims=True)
+        out = combiner.attend(q, k, v, region_key, region_value, plan, key_mask=mask)
+        np.testing.assert_allclose(out, expected, rtol=1e-12)
+    for call in (combiner.attention, combiner.summarize):
+        with pytest.raises(ValueError, match="plan must pool the regions it attends"):
+            call(q, k, v, plan)
