@@ -141,10 +141,11 @@ def mean_forward(inputs: Inputs, *, out: Array | None = None, function: str | No
     for n, (component, regions) in enumerate(each):
         is_last = n + 1 == len(each)  # whose `out` is the caller's: it is written when all else is done
         (own, *_), own_saved = _run(BOTH, component, None, out if is_last else None, function)
+        is_kept = function is not None and not is_last
         if function is not None:
-            saved["components"].append(({**own_saved, "out": own.copy()}, regions))
+            saved["components"].append(({**own_saved, "out": own if is_kept else own.copy()}, regions))
         wide = widened(own)
-        total = wide if total is None else np.add(total, wide, out=wide)
+        total = wide if total is None else np.add(total, wide, out=None if is_kept else wide)
     np.divide(total, len(each), out=own, casting="same_kind")
     return own, saved
 

@@ -654,7 +654,9 @@ def _plan(length: int, queries: int, lists: Sequence[tuple[int, int]], regions: 
     sizes : `[R]`, the positions that each region stands for, if these join the logits.
     """
     L, R = length, regions
-    N, pool, index, tile = 0, np.empty((0, 4), np.int64), [], []
+    N, pool = 0, np.empty((0, 4), np.int64)
+    index: list[int] = []
+    tile: list[tuple[int, ...]] = []
     if sizes is not None and R:
         N, pool, index = _count(L, sizes)
         # A pooled region must have been a query before it is attended; its tile is not run.

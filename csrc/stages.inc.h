@@ -1086,6 +1086,8 @@ static void lane_tile(const cmb_head *head, const cmb_tile *tile, bool exact, cm
 
 /* One query: rows it does not see are left out, so nothing needs a mask. */
 static int visible_rows(const tile_state *t, cmb_scratch *w) {
+    if (!t->masked)
+        return t->rows;
     int n = 0;
     for (int i = 0; i < t->rows; i++)
         if (w->lanes[i] & 1) {
