@@ -365,7 +365,7 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
         run->L = it.L > run->L ? it.L : run->L;
         run->R = it.R > run->R ? it.R : run->R;
     }
-    int64_t fewest_tasks = INT32_MAX; /* of a head's waves fused */
+    int64_t fewest_tasks = INT32_MAX; /* of a head at once, at most: those of its longest wave */
     int64_t own = 0, shared = 0;
     bool found = true;
     run->fused = !backward;

@@ -83,9 +83,8 @@ static void need_queries(const cmb_plan *plan, cmb_list list, int32_t task, int3
     }
 }
 
-/* `row` has room for L + R. */
-static void find_query_rows(cmb_plan *plan, int32_t *row, int32_t *query_row) {
-    int32_t *needs = row;
+/* Into `query_row`; needs[r] becomes the one task that needs the q_R of region r. */
+static void find_query_rows(cmb_plan *plan, int32_t *query_row, int32_t *needs) {
     for (int32_t r = 0; r < plan->R; r++) {
         needs[r] = NOBODY;
         query_row[r] = 0;
@@ -122,15 +121,16 @@ static bool attends_regions(const cmb_plan *plan) {
     return false;
 }
 
+/* `query_row` has room for R. */
 static cmb_status find_traits(cmb_plan *plan, int32_t *query_row, cmb_error *error) {
-    const size_t bytes = (size_t)(plan->L + plan->R) * sizeof(int32_t);
+    const size_t bytes = (size_t)(plan->L + plan->R + 1) * sizeof(int32_t);
     int32_t *row = cmb_allocate(bytes);
     if (!row)
         return cmb_fail(error, CMB_ERR_MEMORY, "out of memory: a plan of length %lld needs %zu bytes while it is made",
                         (long long)plan->L, bytes);
     memset(row, 0, bytes);
     plan->is_fusible = plan->waves > 1 && is_fusible(plan, row);
-    find_query_rows(plan, row, query_row);
+    find_query_rows(plan, query_row, row);
     plan->only_attends = plan->pools == 0 && attends_regions(plan);
     cmb_release(row);
     return CMB_OK;
