@@ -14,7 +14,6 @@ import heapq
 import importlib.util
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -130,6 +129,14 @@ def seconds(call: Call, count: int = 1) -> float:
     return (time.perf_counter() - start) / count
 
 
+def calls_to_time(call: Call) -> int:
+    """So many that they take LEAST_SECONDS, however long the first takes after a rest."""
+    count = 1
+    while seconds(call, count) * count < LEAST_SECONDS:
+        count *= 2
+    return count
+
+
 def describe(case: Case) -> dict[str, Any]:
     """The case as JSON can hold it."""
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
@@ -179,7 +186,7 @@ def time_group(cases: Sequence[Case]) -> list[dict[str, Any]]:
     calls = [*own, *others.values()]
     for call in own:
         call()  # warms up, as the check did the peers
-    counts = [max(1, math.ceil(LEAST_SECONDS / seconds(call))) for call in calls]
+    counts = list(map(calls_to_time, calls))
     rounds = [list(map(seconds, calls, counts)) for _ in range(first.rounds)]
     times = list(zip(*rounds, strict=True))
     theirs_all = dict(zip(others, times[len(own) :], strict=True))

@@ -95,7 +95,7 @@ struct cmb_scratch {
     REAL *pair_query, *pair_grad;               /* [32][D], [32][Dv] */
     const REAL **pair_query_in, **pair_grad_in; /* [32] */
 
-    int64_t N, queries;
+    int64_t N;
     REAL *pool_query, *pool_key;           /* [N][D] */
     REAL *pool_query_grad, *pool_key_grad; /* [N][D] */
     REAL *own_query, *own_query_grad;      /* [queries][D] */
@@ -108,7 +108,7 @@ struct cmb_scratch {
 static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_t N, int64_t queries, int64_t children,
                                  bool dropout, bool backward) {
     const cmb_half *half = HALF;
-    cmb_scratch s = {.half = half, .backward = backward, .N = N, .queries = queries};
+    cmb_scratch s = {.half = half, .backward = backward, .N = N};
     cmb_scratch *scratch = cmb_take(arena, 1, sizeof s);
     const size_t r = sizeof(REAL), p = sizeof(void *), d = (size_t)D, dv = (size_t)Dv, n = (size_t)N,
                  c = (size_t)children;
@@ -458,7 +458,13 @@ static void pool_own(const cmb_head *head, int32_t task, cmb_scratch *w) {
     if (!head->query_row)
         return;
     pool_from(head, task, head->L, true, false, w);
-    memset(w->own_query_grad, 0, (size_t)(w->queries * head->D) * sizeof(REAL));
+    const cmb_plan *plan = head->plan;
+    int64_t own = 0;
+    for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++) {
+        const int64_t r = plan->pool[p].row - head->L;
+        own += r < plan->R && head->query_row[r] < 0;
+    }
+    memset(w->own_query_grad, 0, (size_t)(own * head->D) * sizeof(REAL));
 }
 
 static void add_row(cmb_scratch *w, int64_t dim, REAL factor, const REAL *from, REAL *to) {
@@ -559,9 +565,9 @@ static inline int live_lane(const tile_state *t, int lane) {
     return t->all >> lane & 1 ? lane : __builtin_ctzll(t->all);
 }
 
-/* Whether a tile does better with copies side by side: rows of a column, or of one head among others, lie a power of
- * two apart, so that they share few of a cache's sets, and each has its own page. Narrow tiles use a row too few times.
- */
+/* Whether a tile does better with copies side by side: rows of a column, which may be an index list, or of one head
+ * among others lie a power of two apart, so that they share few of a cache's sets, and each has its own page. Narrow
+ * tiles use a row too few times. */
 static inline bool is_scattered(const cmb_tile *tile, cmb_list list, cmb_rows rows, int64_t dim) {
     return tile->width > CMB_GROUP && (list.step != 1 || rows.row != dim);
 }
