@@ -497,7 +497,7 @@ static void fork_in_poll(void) {
     }
 }
 
-/* The child's copy of the call ends as cancelled; the parent's goes on. */
+/* The child's copy of a call that is not done ends as cancelled; the parent's goes on. */
 static void fork_from_poll(void) {
     poller state = {.caller = pthread_self(), .stop_at = -1, .last = cmb_now(), .act = fork_in_poll};
     const cmb_interrupt interrupt = {poll_counted, &state};
@@ -506,7 +506,7 @@ static void fork_from_poll(void) {
     cmb_parallel_for(250, 3, nap_body, &job, &job.cancel);
     CHECK(state.calls > 0);
     if (forked == 0) {
-        CHECK(cmb_cancelled(&job.cancel, 0) && job.ran < 250);
+        CHECK(cmb_cancelled(&job.cancel, 0) || job.ran == 250); /* all was done when a busy machine came to poll */
         CHECK(run_counted(8, 4, 20) == 0xf);
         _exit(0);
     }
