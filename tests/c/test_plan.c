@@ -474,6 +474,20 @@ static void test_long_plans(void) {
         }
 }
 
+/* ---- what is found where plans are made ---- */
+
+static void with_many_plans(void (*check)(const factorization *f, const cmb_plan *plan)) {
+    for (kind k = DENSE; k < KINDS; k++)
+        for (int64_t L = 1; L < 5000; L = 3 * L + 1)
+            for (int bits = 0; bits < 4; bits++)
+                for (int64_t span = 5; span < 1000; span *= 5) {
+                    const factorization f = {k, L, span, bits & 1, bits & 2};
+                    cmb_plan *plan = make(&f);
+                    check(&f, plan);
+                    cmb_plan_free(plan);
+                }
+}
+
 /* ---- waves that can be fused ---- */
 
 /* What a task does to a table row: the region's or result's writers of earlier waves come first. */
@@ -527,20 +541,14 @@ static bool can_be_fused(const cmb_plan *plan) {
     return fits && plan->waves > 1;
 }
 
-static void test_fusible(void) {
-    for (kind k = DENSE; k < KINDS; k++)
-        for (int64_t L = 1; L < 5000; L = 3 * L + 1)
-            for (int bits = 0; bits < 4; bits++)
-                for (int64_t span = 5; span < 1000; span *= 5) {
-                    const factorization f = {k, L, span, bits & 1, bits & 2};
-                    cmb_plan *plan = make(&f);
-                    CHECK(plan->is_fusible == can_be_fused(plan), "kind %d L %lld span %lld: %d", (int)k, (long long)L,
-                          (long long)span, plan->is_fusible);
-                    if ((k == FIXED || k == LOGSPARSE) && f.is_causal && !f.is_sparse)
-                        CHECK(plan->is_fusible == (plan->waves > 1));
-                    cmb_plan_free(plan);
-                }
+static void check_fusible(const factorization *f, const cmb_plan *plan) {
+    CHECK(plan->is_fusible == can_be_fused(plan), "kind %d L %lld span %lld: %d", (int)f->kind, (long long)f->L,
+          (long long)f->span, plan->is_fusible);
+    if ((f->kind == FIXED || f->kind == LOGSPARSE) && f->is_causal && !f->is_sparse)
+        CHECK(plan->is_fusible == (plan->waves > 1));
 }
+
+static void test_fusible(void) { with_many_plans(check_fusible); }
 
 /* ---- q_R that only one task needs ---- */
 
@@ -584,23 +592,17 @@ static void count_queries(const cmb_plan *plan, int64_t *own, int64_t *shared) {
     free(alone);
 }
 
-static void test_own_queries(void) {
-    for (kind k = DENSE; k < KINDS; k++)
-        for (int64_t L = 1; L < 5000; L = 3 * L + 1)
-            for (int bits = 0; bits < 4; bits++)
-                for (int64_t span = 5; span < 1000; span *= 5) {
-                    const factorization f = {k, L, span, bits & 1, bits & 2};
-                    cmb_plan *plan = make(&f);
-                    int64_t own, shared;
-                    count_queries(plan, &own, &shared);
-                    CHECK(plan->own_queries == own && plan->shared_queries == shared,
-                          "kind %d L %lld span %lld: %d and %d, not %lld and %lld", (int)k, (long long)L,
-                          (long long)span, plan->own_queries, plan->shared_queries, (long long)own, (long long)shared);
-                    if (k == FIXED || k == VERTICAL || k == MIXTURE)
-                        CHECK(shared == 0 && (own > 0) == (plan->pools > 0));
-                    cmb_plan_free(plan);
-                }
+static void check_own_queries(const factorization *f, const cmb_plan *plan) {
+    int64_t own, shared;
+    count_queries(plan, &own, &shared);
+    CHECK(plan->own_queries == own && plan->shared_queries == shared,
+          "kind %d L %lld span %lld: %d and %d, not %lld and %lld", (int)f->kind, (long long)f->L, (long long)f->span,
+          plan->own_queries, plan->shared_queries, (long long)own, (long long)shared);
+    if (f->kind == FIXED || f->kind == VERTICAL || f->kind == MIXTURE)
+        CHECK(shared == 0 && (own > 0) == (plan->pools > 0));
 }
+
+static void test_own_queries(void) { with_many_plans(check_own_queries); }
 
 /* ---- a causal prefix computes the same ---- */
 
