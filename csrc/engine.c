@@ -222,6 +222,7 @@ typedef struct {
     const cmb_stage_table *stage;
     bool widens;                      /* the caller's elements are narrower than those computed with */
     int64_t L, R, N, children, tasks; /* the largest of the segments' and plans' */
+    bool resumes;                     /* so are the results between two tiles of a query */
     int64_t own_queries;              /* of these, q_R that a worker has for the task at hand, */
     int64_t queries;                  /* and that are in tables: all R where there are none of the former */
     int64_t segments;
@@ -288,7 +289,7 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
             t.position.key_grad = cmb_take(arena, wide_L, d);
             t.position.value_grad = cmb_take(arena, wide_L, dv);
         } else if (attend)
-            t.position.result = cmb_take(arena, wide_L, dv);
+            t.position.result = cmb_take(arena, run->resumes ? wide_L : 0, dv);
         t.order = cmb_take(arena, backward ? (size_t)run->tasks : 0, sizeof(int32_t));
         if (backward) {
             uint8_t **const stale[] = {&t.stale.query,        &t.stale.key,        &t.stale.value,
@@ -373,6 +374,7 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
         const cmb_plan *plan = p->plan[i];
         run->waves = plan->waves > run->waves ? plan->waves : run->waves;
         run->fused = run->fused && plan->is_fusible;
+        run->resumes = run->resumes || plan->resumes;
         found = found && plan->query_row;
         own = plan->own_queries > own ? plan->own_queries : own;
         shared = plan->shared_queries > shared ? plan->shared_queries : shared;
@@ -394,7 +396,8 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
     } else {
         /* Of a head that is fused the longest tasks come last: there must be many. */
         run->fused = run->fused && (run->workers == 1 || run->units * fewest_tasks >= 16 * run->workers);
-        const int64_t rows_met = run->fused && !run->widens ? run->R : run->L + run->R;
+        const bool meets_results = run->widens && run->resumes;
+        const int64_t rows_met = run->fused && !meets_results ? run->R : run->L + run->R;
         const int64_t bytes = rows_met * (2 * p->D + p->Dv) * (int64_t)run->stage->size;
         const int64_t fit = bytes > 0 ? bytes_in_flight / bytes : INT64_MAX;
         /* A wave of one head may have few tasks, or one, and a head fused makes its workers wait for one another. */
@@ -502,7 +505,8 @@ static cmb_head make_head(const schedule *run, const tables *t, const unit *u) {
         .out = positions(run, &p->out, u),
         .lse = position_lse(run, &p->lse, u),
     };
-    head.result = computed(run, head.out, t->position.result, p->Dv);
+    if (!run->widens || plan->resumes)
+        head.result = computed(run, head.out, t->position.result, p->Dv);
     head.counted = !head.all_live || plan->size_bias || plan->pooling == CMB_POOL_MEAN || plan->pooling == CMB_POOL_SUM;
     return head;
 }
@@ -615,7 +619,7 @@ static void tasks_of_waves(void *context, int64_t index, int worker) {
 
 /* Rows that are done, into the caller's narrower ones. */
 static void narrow(const schedule *run, int64_t n, int64_t dim, cmb_rows from, cmb_rows to, int worker) {
-    if (run->widens && to.data)
+    if (run->widens && from.data && to.data)
         run->stage->narrow(n, dim, from, to, run->scratch[worker]);
 }
 
@@ -625,18 +629,18 @@ static void end_head(void *context, int64_t slot, int worker) {
     const unit u = unit_of(run, run->first + slot, p->Hq);
     const cmb_head head = make_head(run, &run->table[slot], &u);
     if (head.stages & CMB_ATTEND) {
-        run->stage->finish(head.L, head.lse, head.result, head.Dv, (cmb_rows){0}, 0);
         narrow(run, head.L, head.Dv, head.result, head.out, worker);
+        run->stage->finish(head.L, head.lse, head.out, head.Dv, (cmb_rows){0}, 0);
     }
     if (!(head.stages & CMB_SUMMARIZE))
         return;
-    const cmb_rows summary_key = regions(run, &p->summary_key, &u);
-    if (p->summary_value.data) {
-        run->stage->finish(head.R, head.region_lse, head.region_value, head.Dv,
-                           head.weighted ? head.region_key : (cmb_rows){0}, head.D);
-        narrow(run, head.R, head.Dv, head.region_value, regions(run, &p->summary_value, &u), worker);
+    const cmb_rows summary_key = regions(run, &p->summary_key, &u), summary_value = regions(run, &p->summary_value, &u);
+    if (summary_value.data) {
+        narrow(run, head.R, head.Dv, head.region_value, summary_value, worker);
         if (head.weighted)
             narrow(run, head.R, head.D, head.region_key, summary_key, worker);
+        run->stage->finish(head.R, head.region_lse, summary_value, head.Dv, head.weighted ? summary_key : (cmb_rows){0},
+                           head.D);
     }
     const bool owner = p->summary_key.data && u.h % (p->Hq / p->summary_key.heads) == 0;
     if (p->stages == CMB_SUMMARIZE && owner && !head.weighted)

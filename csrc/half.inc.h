@@ -38,7 +38,8 @@ INLINE words f16_narrow(words x) {
 
 #ifdef DOT_PAIRS
 #include "pairs.inc.h"
-#define PAIRS .product = pair_products, .pack = pair_pack, .interleave = pair_interleave, .pair = pair_narrow
+#define PAIRS \
+    .product = pair_products, .pack = pair_pack, .interleave = pair_interleave, .pair = pair_narrow, .round = pair_round
 #else
 #define PAIRS .product = NULL
 #endif

@@ -94,6 +94,8 @@ typedef struct {
     /* pairs[i] = (x[i], y[i]), or (x[i], 0) without y: of stored numbers, and of floats to be rounded. */
     void (*interleave)(int64_t n, const void *x, const void *y, void *pairs);
     void (*pair)(int64_t n, const void *x, const void *y, void *pairs);
+    /* As `narrow`, but that subnormal numbers may become zeros, for which the product takes them. */
+    void (*round)(int64_t n, const float *x, uint16_t *y);
 } cmb_half;
 #define CMB_DECLARE_HALF(FORMAT)                                                                    \
     extern const cmb_half cmb_half_base_##FORMAT, cmb_half_avx2_##FORMAT, cmb_half_avx512_##FORMAT, \

@@ -34,6 +34,18 @@ static void pair_interleave(int64_t n, const void *first, const void *second, vo
         *(pair_bits *)(pairs + i) = x[i] | (y ? (uint32_t)y[i] << 16 : 0);
 }
 
+static void pair_round(int64_t n, const float *x, uint16_t *y) {
+    int64_t i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
+        store((float *)(void *)(y + i), (vec)NARROW(load(x + i), load(x + i + LANES)));
+    if (i < n) {
+        float rest[2 * LANES] = {0};
+        memcpy(rest, x + i, (size_t)(n - i) * sizeof *x);
+        const vec last = (vec)NARROW(load(rest), load(rest + LANES));
+        memcpy(y + i, &last, (size_t)(n - i) * sizeof *y);
+    }
+}
+
 static void pair_narrow(int64_t n, const void *first, const void *second, void *to) {
     const float *x = first, *y = second;
     float *pairs = to;

@@ -47,6 +47,7 @@ static bool is_written(const cmb_plan *plan, cmb_list list, int64_t least, int32
  * writes in an earlier wave. Region rows are written by pools, and with the positions' results by tiles. */
 static bool is_fusible(const cmb_plan *plan, int32_t *writer) {
     const int64_t L = plan->L;
+    memset(writer, 0, (size_t)(L + plan->R) * sizeof *writer);
     for (int32_t wave = 0; wave < plan->waves; wave++)
         for (int32_t task = plan->wave[wave]; task < plan->wave[wave + 1]; task++) {
             const int32_t t = task - plan->wave[wave];
@@ -121,6 +122,20 @@ static bool attends_regions(const cmb_plan *plan) {
     return false;
 }
 
+/* Whether some position's softmax goes on in a second tile. */
+static bool resumes(const cmb_plan *plan, int32_t *met) {
+    memset(met, 0, (size_t)plan->L * sizeof *met);
+    for (int32_t tile = 0; tile < plan->tiles; tile++) {
+        const cmb_list query = plan->tile[tile].query;
+        if (cmb_list_at(plan, query, 0) >= plan->L)
+            continue;
+        for (int32_t i = 0; i < query.count; i++)
+            if (met[cmb_list_at(plan, query, i)]++)
+                return true;
+    }
+    return false;
+}
+
 /* `query_row` has room for R. */
 static cmb_status find_traits(cmb_plan *plan, int32_t *query_row, cmb_error *error) {
     const size_t bytes = (size_t)(plan->L + plan->R + 1) * sizeof(int32_t);
@@ -128,8 +143,8 @@ static cmb_status find_traits(cmb_plan *plan, int32_t *query_row, cmb_error *err
     if (!row)
         return cmb_fail(error, CMB_ERR_MEMORY, "out of memory: a plan of length %lld needs %zu bytes while it is made",
                         (long long)plan->L, bytes);
-    memset(row, 0, bytes);
     plan->is_fusible = plan->waves > 1 && is_fusible(plan, row);
+    plan->resumes = plan->tiles > 1 && resumes(plan, row);
     find_query_rows(plan, query_row, row);
     plan->only_attends = plan->pools == 0 && attends_regions(plan);
     cmb_release(row);

@@ -42,7 +42,7 @@ typedef struct {
     cmb_rows query, key, value;
     cmb_rows region_query, region_key, region_value, region_lse;
     cmb_rows out, lse;
-    cmb_rows result; /* forward: `out`, or what is to become it */
+    cmb_rows result; /* forward: `out`, or what is to become it; without data, `out` once a query's one tile is done */
 
     struct {
         cmb_rows query, key, value;
@@ -86,7 +86,7 @@ typedef struct {
     void (*tile_backward)(const cmb_head *head, int32_t tile, int32_t ahead, cmb_scratch *scratch, cmb_item *item,
                           cmb_cancel *cancel, int worker);
     /* Before the first tile every lse is -inf, "nothing attended yet"; after the last one rows that kept it
-     * become zeros. `dim` features of `rows`, and of `more` where it has data. */
+     * become zeros. `dim` features of `rows`, as stored, and of `more` where it has data. */
     void (*begin)(int64_t n, cmb_rows lse);
     void (*finish)(int64_t n, cmb_rows lse, cmb_rows rows, int64_t dim, cmb_rows more, int64_t more_dim);
     /* k_R of every region r < n with an lse, 0 for the others, as stored */

@@ -134,6 +134,7 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
     s.query_row = cmb_take(arena, WIDEST * d, r);
     s.key_row = cmb_take(arena, CHUNK * d, r);
     s.value_row = cmb_take(arena, CHUNK * dv, r);
+    s.result_row = cmb_take(arena, widens ? 2 * dv : 0, r);
     s.child_row = cmb_take(arena, widens ? c : 0, d * r);
     s.count = cmb_take(arena, n, sizeof(int32_t));
     s.pick = cmb_take(arena, n, sizeof(int32_t));
@@ -152,7 +153,6 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
         s.own_query_grad = cmb_take(arena, (size_t)queries, d * r);
         s.child_grad = cmb_take(arena, c, p);
         s.grad_row = cmb_take(arena, WIDEST * dv, r);
-        s.result_row = cmb_take(arena, widens ? 2 * dv : 0, r);
     }
     if (half && half->product) {
         enum { PAIRS = CHUNK / 2 };
@@ -204,7 +204,7 @@ static const REAL *in_pairs(table_row row, int64_t dim, void *copy, const cmb_sc
         return (const REAL *)(const void *)row.stored;
     uint16_t *half = copy;
     if (row.number)
-        w->half->narrow(dim, (const float *)row.number, half);
+        w->half->round(dim, (const float *)row.number, half);
     else
         memcpy(half, row.stored, (size_t)dim * sizeof *half);
     if (dim % 2)
@@ -273,7 +273,7 @@ static inline table_row value_row(const cmb_head *head, int64_t x) {
     return x < head->L ? stored_row(head->value, x) : number_row(at(head->region_value, x - head->L));
 }
 
-/* Where a query's sums are, divided by the normaliser. */
+/* Where a query's sums are, divided by the normaliser, while it may have another tile. */
 static inline REAL *result_row(const cmb_head *head, int64_t x) {
     return x < head->L ? at(head->result, x) : at(head->region_value, x - head->L);
 }
@@ -771,7 +771,7 @@ static const REAL *const *pair_rows(int n, const REAL *const *row, int64_t dim, 
 /* Weights p[row][lane] in pairs of rows, or of lanes. */
 static const REAL *pair_weights(const tile_state *t, const REAL *p, bool of_rows, cmb_scratch *w) {
     if (!of_rows)
-        w->half->narrow(t->rows * w->width, (const float *)p, (uint16_t *)w->pair_weight);
+        w->half->round(t->rows * w->width, (const float *)p, (uint16_t *)w->pair_weight);
     for (int i = 0; of_rows && i < t->rows; i += 2)
         w->half->pair(w->width, p + i * w->width, i + 1 < t->rows ? p + (i + 1) * w->width : NULL,
                       w->pair_weight + i / 2 * w->width);
@@ -925,15 +925,14 @@ static void conclude(const cmb_head *head, const tile_state *t, int lane, REAL m
     const int64_t x = cmb_list_at(head->plan, t->tile->query, lane);
     if (!(seen >> lane & 1)) /* the tile shows it nothing: its lse would come back rounded */
         return;
-    if (l == 0) {
-        *lse_of(head, x) = only_infinite;
-        w->kernel->divide(head->Dv, sum, 0, result_row(head, x)); /* 0 / 0 */
-        if (t->weighted)
-            w->kernel->divide(head->D, sum + head->Dv, 0, at(head->region_key, x - head->L));
-        return;
+    /* Without a weight, 0 / 0. */
+    *lse_of(head, x) = l == 0 ? only_infinite : (REAL)(((double)m + log2((double)l)) * ln_2);
+    if (t->regions || head->result.data) {
+        w->kernel->divide(head->Dv, sum, l, result_row(head, x));
+    } else {
+        w->kernel->divide(head->Dv, sum, l, w->result_row);
+        to_stored(head->Dv, w->result_row, (STORED *)head->out.data + x * head->out.row, w);
     }
-    *lse_of(head, x) = (REAL)(((double)m + log2((double)l)) * ln_2);
-    w->kernel->divide(head->Dv, sum, l, result_row(head, x));
     if (t->weighted)
         w->kernel->divide(head->D, sum + head->Dv, l, at(head->region_key, x - head->L));
 }
@@ -1344,9 +1343,9 @@ static void finish(int64_t n, cmb_rows lse, cmb_rows rows, int64_t dim, cmb_rows
         if (*value == only_infinite)
             *value = (REAL)NAN;
         if (*value == -infinity) {
-            memset(at(rows, x), 0, (size_t)dim * sizeof(REAL));
+            memset((STORED *)rows.data + x * rows.row, 0, (size_t)dim * sizeof(STORED));
             if (more.data)
-                memset(at(more, x), 0, (size_t)more_dim * sizeof(REAL));
+                memset((STORED *)more.data + x * more.row, 0, (size_t)more_dim * sizeof(STORED));
         }
     }
 }

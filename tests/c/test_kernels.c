@@ -460,6 +460,11 @@ static void pairs(void) {
             half->pair(n, wide, NULL, rounded);
             for (int i = 0; i < n; i++)
                 CHECK(rounded[i] >> 16 == 0, "[%d]: %s", i, context);
+            uint16_t *narrow = take(n, 2), *round = take(n, 2);
+            half->narrow(n, wide, narrow);
+            half->round(n, wide, round);
+            for (int i = 0; i < n; i++)
+                CHECK(round[i] == narrow[i], "[%d] %04x: %s", i, round[i], context);
             check_fence();
         }
         for (int width = 16; width <= 64; width += 16)
@@ -544,6 +549,7 @@ static void bench_half(const cmb_half *half, const char *format) {
     if (!half->product)
         return;
     MEASURE(PAIRS, "G/s", half->interleave(PAIRS, stored, stored + PAIRS, pairs), "%s: interleave %d", format, PAIRS);
+    MEASURE(ROWS * DIM, "G/s", half->round(ROWS * DIM, wide, stored), "%s: round %d", format, ROWS * DIM);
     MEASURE(PAIRS, "G/s", half->pair(PAIRS, wide, wide + PAIRS, pairs), "%s: pair %d", format, PAIRS);
     half->pair(ROWS / 2 * 64, wide, wide, weights);
     for (int i = 0; i < ROWS; i++) {

@@ -550,6 +550,24 @@ static void check_fusible(const factorization *f, const cmb_plan *plan) {
 
 static void test_fusible(void) { with_many_plans(check_fusible); }
 
+/* ---- positions that a second tile goes on with ---- */
+
+static void check_resumes(const factorization *f, const cmb_plan *plan) {
+    int64_t most = 0, *tiles = calloc((size_t)(plan->L + plan->R) + 1, sizeof *tiles);
+    for (int64_t tile = 0; tile < plan->tiles; tile++)
+        for (int64_t q = 0; q < plan->tile[tile].query.count; q++) {
+            const int64_t row = row_at(plan, plan->tile[tile].query, q);
+            most = ++tiles[row] > most && row < plan->L ? tiles[row] : most;
+        }
+    free(tiles);
+    CHECK(plan->resumes == (most > 1), "kind %d L %lld span %lld: %lld tiles", (int)f->kind, (long long)f->L,
+          (long long)f->span, (long long)most);
+    if (f->kind == FIXED || f->kind == LOGSPARSE)
+        CHECK(!plan->resumes);
+}
+
+static void test_resumes(void) { with_many_plans(check_resumes); }
+
 /* ---- q_R that only one task needs ---- */
 
 typedef struct {
@@ -1295,6 +1313,7 @@ int main(int argc, char **argv) {
         TEST(test_blocks_longer_than_a_chunk),
         TEST(test_long_plans),
         TEST(test_fusible),
+        TEST(test_resumes),
         TEST(test_own_queries),
         TEST(test_prefixes),
         TEST(test_random_parts),
