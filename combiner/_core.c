@@ -1197,16 +1197,17 @@ static PyObject *check(PyObject *module, PyObject *args) {
 
 PyDoc_STRVAR(forward_doc,
              "forward($module, stages, query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens,\n"
-             "        region_query, region_key, dropout, region_value, out, for_backward, /)\n--\n\n"
+             "        region_query, region_key, dropout, region_value, out, adds, for_backward, /)\n--\n\n"
              "Run stage 1 (stages = 1), 2 or both (3), in these last keeping what backward needs of 1 if asked.\n"
+             "`adds`: to the numbers that are in `out`.\n"
              "Return (out, lse, summary_key, summary_value, summary_lse, plan, scale), None for what is absent.");
 
 static PyObject *forward(PyObject *module, PyObject *args) {
-    int stages, for_backward;
+    int stages, adds, for_backward;
     PyObject *input[INPUTS], *region_value, *given_out, *result = NULL;
-    if (!PyArg_ParseTuple(args, "iOOOOOOOOOOOOOp:forward", &stages, &input[0], &input[1], &input[2], &input[3],
+    if (!PyArg_ParseTuple(args, "iOOOOOOOOOOOOOpp:forward", &stages, &input[0], &input[1], &input[2], &input[3],
                           &input[4], &input[5], &input[6], &input[7], &input[8], &input[9], &input[10], &region_value,
-                          &given_out, &for_backward))
+                          &given_out, &adds, &for_backward))
         return NULL;
     call c = {.state = state_of(module), .type = NPY_NOTYPE};
     cmb_problem *p = &c.problem;
@@ -1219,8 +1220,11 @@ static PyObject *forward(PyObject *module, PyObject *args) {
         goto end;
     if (stages != CMB_SUMMARIZE) {
         out = given_out;
+        p->adds = adds && given_out != Py_None;
         if (given_out != Py_None ? !read_out(&c, given_out, p->Hq, p->L, p->Dv, &p->out, &stand_in)
                                  : !new_array(&c, p->Hq, p->L, p->Dv, &p->out, &out))
+            goto end;
+        if (stand_in && p->adds && PyArray_CopyInto((PyArrayObject *)stand_in, (PyArrayObject *)out))
             goto end;
         if (!new_array(&c, p->Hq, p->L, NO_FEATURES, &p->lse, &lse))
             goto end;
@@ -1245,19 +1249,34 @@ end:
     return result;
 }
 
+/* The gradients of query, key and value so far. */
+static bool read_sums(call *c, PyObject *sums, cmb_gradients *g, PyObject *sum[3]) {
+    const cmb_problem *p = &c->problem;
+    PyObject *stand_in = NULL;
+    if (!PyArg_ParseTuple(sums, "OOO:sums", &sum[0], &sum[1], &sum[2]) ||
+        !read_out(c, sum[0], p->Hq, p->L, p->D, &g->query, &stand_in) ||
+        !read_out(c, sum[1], p->Hk, p->L, p->D, &g->key, &stand_in) ||
+        !read_out(c, sum[2], p->Hk, p->L, p->Dv, &g->value, &stand_in))
+        return false;
+    if (stand_in)
+        PyErr_SetString(PyExc_ValueError, "sums must be arrays as backward makes them");
+    return !stand_in;
+}
+
 PyDoc_STRVAR(backward_doc,
              "backward($module, stages, query, key, value, plan, scale, key_mask, cu_seqlens, region_query,\n"
              "         region_key, dropout, summary_key, summary_value, summary_lse, out, lse, grad_out,\n"
-             "         grad_lse, grad_summary_key, grad_summary_value, /)\n--\n\n"
+             "         grad_lse, grad_summary_key, grad_summary_value, sums, /)\n--\n\n"
              "Return the gradients (query, key, value, region_query, region_key, summary_key, summary_value),\n"
-             "None for what was not given or, of the last two, for stages other than 2.");
+             "None for what was not given or, of the last two, for stages other than 2. The first three are added\n"
+             "to `sums` if that is not None, and are it.");
 
 static PyObject *backward(PyObject *module, PyObject *args) {
     int stages;
-    PyObject *input[INPUTS], *summary[3], *out, *lse, *grad[4], *result = NULL;
-    if (!PyArg_ParseTuple(args, "iOOOOOOOOOOOOOOOOOOO:backward", &stages, &input[0], &input[1], &input[2], &input[3],
+    PyObject *input[INPUTS], *summary[3], *out, *lse, *grad[4], *sums, *result = NULL;
+    if (!PyArg_ParseTuple(args, "iOOOOOOOOOOOOOOOOOOOO:backward", &stages, &input[0], &input[1], &input[2], &input[3],
                           &input[5], &input[6], &input[7], &input[8], &input[9], &input[10], &summary[0], &summary[1],
-                          &summary[2], &out, &lse, &grad[0], &grad[1], &grad[2], &grad[3]))
+                          &summary[2], &out, &lse, &grad[0], &grad[1], &grad[2], &grad[3], &sums))
         return NULL;
     input[4] = Py_False; /* a plan carries its own causality */
     call c = {.state = state_of(module), .type = NPY_NOTYPE};
@@ -1281,8 +1300,11 @@ static PyObject *backward(PyObject *module, PyObject *args) {
                !read_array(&c, grad[0], "grad_out", p->Hq, p->L, p->Dv, &g.out) ||
                !read_optional(&c, grad[1], "grad_lse", p->Hq, p->L, NO_FEATURES, &g.lse))
         goto end;
-    if (!new_array(&c, p->Hq, p->L, p->D, &g.query, &made[0]) || !new_array(&c, p->Hk, p->L, p->D, &g.key, &made[1]) ||
-        !new_array(&c, p->Hk, p->L, p->Dv, &g.value, &made[2]))
+    p->adds = sums != Py_None;
+    if (p->adds ? !read_sums(&c, sums, &g, made)
+                : !new_array(&c, p->Hq, p->L, p->D, &g.query, &made[0]) ||
+                      !new_array(&c, p->Hk, p->L, p->D, &g.key, &made[1]) ||
+                      !new_array(&c, p->Hk, p->L, p->Dv, &g.value, &made[2]))
         goto end;
     if (p->region_query.data && !new_array(&c, p->Hq, c.R, p->D, &g.region_query, &made[3]))
         goto end;
@@ -1302,14 +1324,14 @@ end:
 
 PyDoc_STRVAR(workspace_bytes_doc,
              "workspace_bytes($module, query, key, value, pattern, is_causal, scale, key_mask, cu_seqlens,\n"
-             "                region_query, region_key, dropout, backward, /)\n--\n\n"
+             "                region_query, region_key, dropout, adds, backward, /)\n--\n\n"
              "Return the bytes that a call of both stages takes beside its results, or its backward's.");
 
 static PyObject *workspace_bytes(PyObject *module, PyObject *args) {
     PyObject *input[INPUTS], *result = NULL;
-    int is_backward;
-    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOp:workspace_bytes", &input[0], &input[1], &input[2], &input[3], &input[4],
-                          &input[5], &input[6], &input[7], &input[8], &input[9], &input[10], &is_backward))
+    int adds, is_backward;
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOpp:workspace_bytes", &input[0], &input[1], &input[2], &input[3], &input[4],
+                          &input[5], &input[6], &input[7], &input[8], &input[9], &input[10], &adds, &is_backward))
         return NULL;
     call c = {.state = state_of(module), .type = NPY_NOTYPE};
     cmb_problem *p = &c.problem;
@@ -1317,6 +1339,7 @@ static PyObject *workspace_bytes(PyObject *module, PyObject *args) {
     cmb_error error;
     if (!read_problem(&c, CMB_BOTH, input))
         goto end;
+    p->adds = adds;
     /* Results as `forward` makes them, but of one element: nothing is computed. */
     double element;
     const cmb_array of_query = {.data = &element, .heads = p->Hq};

@@ -115,6 +115,7 @@ def forward(
     dropout: tuple[float, int, _Array | None] | None,
     region_value: _Array | None,
     out: _Array | None,
+    adds: bool,
     for_backward: bool,
     /,
 ) -> tuple[Any, Any, Any, Any, Any, Plan | tuple[Plan, ...], float]: ...
@@ -130,6 +131,7 @@ def workspace_bytes(
     region_query: _Array | None,
     region_key: _Array | None,
     dropout: tuple[float, int, _Array | None] | None,
+    adds: bool,
     backward: bool,
     /,
 ) -> int: ...
@@ -154,6 +156,7 @@ def backward(
     grad_lse: _Array | None,
     grad_summary_key: _Array | None,
     grad_summary_value: _Array | None,
+    sums: tuple[_Array, _Array, _Array] | None,
     /,
 ) -> tuple[_Array, _Array, _Array, Any, Any, Any, Any]: ...
 def cluster(x: _Array, n: int, iterations: int, seed: int, balanced: bool, centroids: bool, /) -> _Array: ...

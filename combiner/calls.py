@@ -103,9 +103,14 @@ def _in_segments(inputs: Inputs) -> Inputs:
 
 
 def _run(
-    stages: int, inputs: Inputs, region_value: Array | None, out: Array | None, function: str | None
+    stages: int,
+    inputs: Inputs,
+    region_value: Array | None,
+    out: Array | None,
+    function: str | None,
+    adds: bool = False,
 ) -> tuple[tuple[Any, ...], Saved]:
-    done = _core.forward(stages, *inputs, region_value, out, function is not None)
+    done = _core.forward(stages, *inputs, region_value, out, adds, function is not None)
     if function is None:
         return done, {}
     out, lse, *summary, plan, scale = done
@@ -116,31 +121,46 @@ def _run(
 
 def workspace_bytes(inputs: Inputs, is_backward: bool) -> int:
     """What the core takes at once, beside results: of a mixture what its largest component does."""
-    if isinstance(inputs.pattern, Mixture):
-        return max(_core.workspace_bytes(*component, is_backward) for component, _ in components(inputs)[0])
-    return _core.workspace_bytes(*_in_segments(inputs), is_backward)
+    if not isinstance(inputs.pattern, Mixture):
+        return _core.workspace_bytes(*_in_segments(inputs), False, is_backward)
+    is_wide = np.asarray(inputs.query).dtype.itemsize > 2
+    each = enumerate(components(inputs)[0])
+    return max(_core.workspace_bytes(*component, is_wide and n > 0, is_backward) for n, (component, _) in each)
 
 
-def backward(stages: int, function: str, saved: Saved, *gradients: Array | None) -> tuple[Any, ...]:
-    """The core's gradients, from what `forward` saved for the same function."""
+def backward(
+    stages: int,
+    function: str,
+    saved: Saved,
+    *gradients: Array | None,
+    sums: tuple[Array, Array, Array] | None = None,
+) -> tuple[Any, ...]:
+    """The core's gradients, from what `forward` saved for the same function: of query, key and value added to `sums`
+    if they are given."""
     if not isinstance(saved, dict):
         raise TypeError(f"saved must be the dict that {function} returned, got {type(saved).__name__}")
     if saved.get("function") != function:
         raise ValueError(f"saved must come from {function}, got one from {saved.get('function')}")
-    return _core.backward(stages, *(saved[name] for name in _PROBLEM + _RESULT), *gradients)
+    return _core.backward(stages, *(saved[name] for name in _PROBLEM + _RESULT), *(*gradients, sums))
 
 
-# A mixture is a call for each component, which reads its own part of the region axis.
+# A mixture is a call for each component, which reads its own part of the region axis. The core adds up what they make,
+# but for 16-bit dtypes, whose sums are float32, and for outputs that are saved.
 
 
 def mean_forward(inputs: Inputs, *, out: Array | None = None, function: str | None = None) -> tuple[Array, Saved]:
     """The mean of the components' outputs; and what `mean_backward` needs if `function` is given."""
     each, region_count = components(inputs)
     saved: Saved = {"function": function, "components": [], "region_count": region_count}
+    own: Any = None
     total: Any = None
     for n, (component, regions) in enumerate(each):
-        is_last = n + 1 == len(each)  # whose `out` is the caller's: it is written when all else is done
-        (own, *_), own_saved = _run(BOTH, component, None, out if is_last else None, function)
+        is_last = n + 1 == len(each)
+        to = out if is_last else None  # the caller's is written when all else is done
+        adds = total is not None and to is None and function is None and total.dtype == own.dtype
+        (own, *_), own_saved = _run(BOTH, component, None, total if adds else to, function, adds)
+        if adds:
+            continue
         is_kept = function is not None and not is_last
         if function is not None:
             saved["components"].append(({**own_saved, "out": own if is_kept else own.copy()}, regions))
@@ -152,17 +172,22 @@ def mean_forward(inputs: Inputs, *, out: Array | None = None, function: str | No
 
 def mean_backward(function: str, saved: Saved, grad_out: Array) -> list[Array | None]:
     """The means of the components' gradients of query, key, value, region_query and region_key."""
-    total: list[Any] = []
+    count = len(saved["components"])
+    sums: Any = None
+    of_regions: list[Any] = [None, None]
     for component, regions in saved["components"]:
-        own = list(backward(BOTH, function, component, grad_out, None, None, None)[:5])
-        own[3:] = (_put(x, regions, saved["region_count"]) for x in own[3:])
-        wide = [x if x is None else widened(x) for x in own]
-        for x, y in zip(total, wide, strict=True) if total else ():
-            if x is not None:
-                x += y
-        total = total or wide
-    count, dtype = len(saved["components"]), grad_out.dtype
-    return [x if x is None else np.divide(x, count, out=x).astype(dtype, copy=False) for x in total]
+        adds = sums is not None and sums[0].dtype == grad_out.dtype
+        own = backward(BOTH, function, component, grad_out, None, None, None, sums=tuple(sums) if adds else None)
+        if not adds:
+            wide = [widened(x) for x in own[:3]]
+            sums = wide if sums is None else [np.add(x, y, out=x) for x, y in zip(sums, wide, strict=True)]
+        for n, grad in enumerate(own[3:5]):
+            if grad is None:
+                continue
+            if of_regions[n] is None:
+                of_regions[n] = np.empty((*grad.shape[:-2], saved["region_count"], grad.shape[-1]), grad.dtype)
+            of_regions[n][..., regions, :] = widened(grad) / count
+    return [np.divide(x, count, out=x).astype(grad_out.dtype, copy=False) for x in sums] + of_regions
 
 
 Regions: TypeAlias = slice | npt.NDArray[np.int64]  # one component's part of the region axis
@@ -208,11 +233,3 @@ def _take(given: Array | None, name: str, regions: Regions, count: int) -> Array
     if given.shape[-2] != count:
         raise ValueError(f"{name} must have shape (..., {count}, D), got {given.shape}")
     return given[..., regions, :]
-
-
-def _put(grad: Array | None, regions: Regions, count: int) -> Array | None:
-    if grad is None:
-        return None
-    whole = np.zeros((*grad.shape[:-2], count, grad.shape[-1]), grad.dtype)
-    whole[..., regions, :] = grad
-    return whole

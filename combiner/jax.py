@@ -655,11 +655,11 @@ def _on_host(
             regions = None, at["summary_key"]
         kept = call.stages == BOTH and "summary_value" in wanted
         *results, _, _ = _core.forward(
-            *problem, False, call.scale, *masks, *regions, dropout, at.get("summary_value"), None, kept
+            *problem, False, call.scale, *masks, *regions, dropout, at.get("summary_value"), None, False, kept
         )
         done = dict(zip(("out", "lse", "summary_key", "summary_value", "summary_lse"), results, strict=True))
     else:
         rest = (at.get(name) for name in _ARRAYS[_ARRAYS.index("summary_key") : _ARRAYS.index("grad_query")])
-        gradients = _core.backward(*problem, call.scale, *masks, *regions, dropout, *rest)  # type: ignore[arg-type]
+        gradients = _core.backward(*problem, call.scale, *masks, *regions, dropout, *(*rest, None))  # type: ignore[arg-type]
         done = dict(zip((f"grad_{name}" for name in _GRADIENTS), gradients, strict=True))
     return [by_heads(name, done[name]) for name in wanted]

@@ -216,6 +216,8 @@ typedef struct {
     cmb_stages stages;
     int64_t B, Hq, Hk, L, D, Dv;
     double scale;
+    bool adds; /* forward to `out`, backward to the gradients of query, key and value: they hold numbers already. Each
+                * head's are complete before they are added, once. Not of 16-bit dtypes, whose sums would be rounded */
 
     /* Packed sequences: positions segment[s] <= i < segment[s + 1] are computed as if they were alone, with a plan of
      * their own length, in each batch entry; their regions follow those of the segments before. */

@@ -107,6 +107,8 @@ static cmb_status check_problem(const cmb_problem *p, bool backward, cmb_error *
     if (p->Hk == 0 ? p->Hq != 0 : p->Hq % p->Hk != 0)
         return cmb_fail(error, CMB_ERR_VALUE, "query heads must be a multiple of key heads, got %lld and %lld",
                         (long long)p->Hq, (long long)p->Hk);
+    if (p->adds && p->dtype != CMB_FLOAT32 && p->dtype != CMB_FLOAT64)
+        return cmb_fail(error, CMB_ERR_VALUE, "adds must be false for 16-bit dtypes");
     if (!isfinite(p->scale))
         return cmb_fail(error, CMB_ERR_VALUE, "scale must be finite, got %g", p->scale);
     if (!(p->dropout_p >= 0 && p->dropout_p <= 1))
@@ -200,8 +202,9 @@ void *cmb_take(cmb_arena *arena, size_t count, size_t size) {
     return taken;
 }
 
-/* The tables of one head in flight: of regions what the caller did not bring; and where his elements are narrower
- * than those computed with, whatever is written. */
+/* The tables of one head in flight: of regions what the caller did not bring; where his elements are narrower than
+ * those computed with, whatever is written; and where it is added to his, what positions get. NULL: the caller's own
+ * rows are computed with. */
 typedef struct {
     void *query, *key, *value, *lse;
     void *query_grad, *key_grad, *value_grad;
@@ -259,8 +262,9 @@ static const cmb_array *region_key_of(const cmb_problem *p) {
 
 static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
     const cmb_problem *p = run->problem;
-    const size_t R = (size_t)run->R, r = run->stage->size, d = (size_t)p->D * r, dv = (size_t)p->Dv * r;
-    const size_t wide_L = run->widens ? (size_t)run->L : 0;
+    const size_t L = (size_t)run->L, R = (size_t)run->R, r = run->stage->size, d = (size_t)p->D * r,
+                 dv = (size_t)p->Dv * r;
+    const bool apart = run->widens || p->adds;
     const bool summarize = p->stages & CMB_SUMMARIZE, attend = p->stages & CMB_ATTEND;
     segment *segments = cmb_take(arena, (size_t)run->segments, sizeof *segments);
     tables *table = cmb_take(arena, (size_t)run->slots, sizeof *table);
@@ -279,17 +283,19 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
             t.value = cmb_take(arena, R, dv);
         if (!p->summary_lse.data)
             t.lse = cmb_take(arena, R, r);
-        if (backward && (run->widens || summarize)) {
+        if (backward && summarize && (run->widens || !p->region_query.data))
             t.query_grad = cmb_take(arena, (size_t)run->queries, d);
+        if (backward && (run->widens || (summarize && !p->region_key.data)))
             t.key_grad = cmb_take(arena, R, d);
+        if (backward && (run->widens || summarize))
             t.value_grad = cmb_take(arena, R, dv);
+        if (backward && apart) {
+            t.position.query_grad = cmb_take(arena, L, d);
+            t.position.key_grad = cmb_take(arena, L, d);
+            t.position.value_grad = cmb_take(arena, L, dv);
         }
-        if (backward) {
-            t.position.query_grad = cmb_take(arena, wide_L, d);
-            t.position.key_grad = cmb_take(arena, wide_L, d);
-            t.position.value_grad = cmb_take(arena, wide_L, dv);
-        } else if (attend)
-            t.position.result = cmb_take(arena, run->resumes ? wide_L : 0, dv);
+        if (!backward && apart && attend && run->resumes)
+            t.position.result = cmb_take(arena, L, dv);
         t.order = cmb_take(arena, backward ? (size_t)run->tasks : 0, sizeof(int32_t));
         if (backward) {
             uint8_t **const stale[] = {&t.stale.query,        &t.stale.key,        &t.stale.value,
@@ -396,7 +402,7 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
     } else {
         /* Of a head that is fused the longest tasks come last: there must be many. */
         run->fused = run->fused && (run->workers == 1 || run->units * fewest_tasks >= 16 * run->workers);
-        const bool meets_results = run->widens && run->resumes;
+        const bool meets_results = (run->widens || p->adds) && run->resumes;
         const int64_t rows_met = run->fused && !meets_results ? run->R : run->L + run->R;
         const int64_t bytes = rows_met * (2 * p->D + p->Dv) * (int64_t)run->stage->size;
         const int64_t fit = bytes > 0 ? bytes_in_flight / bytes : INT64_MAX;
@@ -452,10 +458,8 @@ static cmb_rows position_lse(const schedule *run, const cmb_array *array, const 
     return rows_of(run->problem, array, run->stage->size, u, u->segment.first);
 }
 
-/* The caller's rows where there are any to compute with, else the table's own. */
-static cmb_rows computed(const schedule *run, cmb_rows caller, void *own, int64_t dim) {
-    return caller.data && !run->widens ? caller : dense(own, dim);
-}
+/* What is computed with: the table's own rows where it has any, else the caller's. */
+static cmb_rows computed(cmb_rows caller, void *own, int64_t dim) { return own ? dense(own, dim) : caller; }
 
 static cmb_dropout dropout_of(const cmb_problem *p, const unit *u) {
     return (cmb_dropout){
@@ -497,16 +501,15 @@ static cmb_head make_head(const schedule *run, const tables *t, const unit *u) {
         .query = positions(run, &p->query, u),
         .key = positions(run, &p->key, u),
         .value = positions(run, &p->value, u),
-        .region_query = computed(run, regions(run, &p->region_query, u), t->query, p->D),
-        .region_key = computed(run, regions(run, region_key_of(p), u), t->key, p->D),
-        .region_value = computed(run, regions(run, &p->summary_value, u), t->value, p->Dv),
-        .region_lse = p->summary_lse.data ? rows_of(p, &p->summary_lse, run->stage->size, u, u->segment.region)
-                                          : dense(t->lse, 1),
+        .region_query = computed(regions(run, &p->region_query, u), t->query, p->D),
+        .region_key = computed(regions(run, region_key_of(p), u), t->key, p->D),
+        .region_value = computed(regions(run, &p->summary_value, u), t->value, p->Dv),
+        .region_lse = computed(rows_of(p, &p->summary_lse, run->stage->size, u, u->segment.region), t->lse, 1),
         .out = positions(run, &p->out, u),
         .lse = position_lse(run, &p->lse, u),
     };
-    if (!run->widens || plan->resumes)
-        head.result = computed(run, head.out, t->position.result, p->Dv);
+    if (plan->resumes || !(run->widens || p->adds))
+        head.result = computed(head.out, t->position.result, p->Dv);
     head.counted = !head.all_live || plan->size_bias || plan->pooling == CMB_POOL_MEAN || plan->pooling == CMB_POOL_SUM;
     return head;
 }
@@ -617,10 +620,15 @@ static void tasks_of_waves(void *context, int64_t index, int worker) {
     }
 }
 
-/* Rows that are done, into the caller's narrower ones. */
-static void narrow(const schedule *run, int64_t n, int64_t dim, cmb_rows from, cmb_rows to, int worker) {
-    if (run->widens && from.data && to.data)
+/* Rows that are done, to the caller where they are not his: narrower, or added to his. Those without an lse hold
+ * nothing. */
+static void deliver(const schedule *run, int64_t n, int64_t dim, cmb_rows lse, cmb_rows from, cmb_rows to, int worker) {
+    if (!from.data || !to.data || from.data == to.data)
+        return;
+    if (run->widens)
         run->stage->narrow(n, dim, from, to, run->scratch[worker]);
+    else
+        run->stage->add(n, dim, lse, from, to, run->scratch[worker]);
 }
 
 static void end_head(void *context, int64_t slot, int worker) {
@@ -628,19 +636,19 @@ static void end_head(void *context, int64_t slot, int worker) {
     const cmb_problem *p = run->problem;
     const unit u = unit_of(run, run->first + slot, p->Hq);
     const cmb_head head = make_head(run, &run->table[slot], &u);
+    const cmb_rows none = {0};
     if (head.stages & CMB_ATTEND) {
-        narrow(run, head.L, head.Dv, head.result, head.out, worker);
-        run->stage->finish(head.L, head.lse, head.out, head.Dv, (cmb_rows){0}, 0);
+        deliver(run, head.L, head.Dv, head.lse, head.result, head.out, worker);
+        run->stage->finish(head.L, head.lse, p->adds ? none : head.out, head.Dv, none, 0);
     }
     if (!(head.stages & CMB_SUMMARIZE))
         return;
     const cmb_rows summary_key = regions(run, &p->summary_key, &u), summary_value = regions(run, &p->summary_value, &u);
     if (summary_value.data) {
-        narrow(run, head.R, head.Dv, head.region_value, summary_value, worker);
+        deliver(run, head.R, head.Dv, head.region_lse, head.region_value, summary_value, worker);
         if (head.weighted)
-            narrow(run, head.R, head.D, head.region_key, summary_key, worker);
-        run->stage->finish(head.R, head.region_lse, summary_value, head.Dv, head.weighted ? summary_key : (cmb_rows){0},
-                           head.D);
+            deliver(run, head.R, head.D, head.region_lse, head.region_key, summary_key, worker);
+        run->stage->finish(head.R, head.region_lse, summary_value, head.Dv, head.weighted ? summary_key : none, head.D);
     }
     const bool owner = p->summary_key.data && u.h % (p->Hq / p->summary_key.heads) == 0;
     if (p->stages == CMB_SUMMARIZE && owner && !head.weighted)
@@ -711,9 +719,9 @@ static void begin_gradients(const schedule *run, cmb_head *head, const tables *t
     const cmb_gradients *g = run->gradients;
     const int64_t L = head->L, R = head->R, D = p->D, Dv = p->Dv, group = p->Hq / p->Hk;
     const bool summarize = p->stages & CMB_SUMMARIZE, first = u->h % group == 0;
-    const cmb_rows query = computed(run, positions(run, &g->query, u), t->position.query_grad, D);
-    const cmb_rows key = computed(run, positions(run, &g->key, u), t->position.key_grad, D);
-    const cmb_rows value = computed(run, positions(run, &g->value, u), t->position.value_grad, Dv);
+    const cmb_rows query = computed(positions(run, &g->query, u), t->position.query_grad, D);
+    const cmb_rows key = computed(positions(run, &g->key, u), t->position.key_grad, D);
+    const cmb_rows value = computed(positions(run, &g->value, u), t->position.value_grad, Dv);
     head->grad.query = zeroed(query, L, D, t->stale.query, true);
     head->grad.key = zeroed(key, L, D, t->stale.key, first);
     head->grad.value = zeroed(value, L, Dv, t->stale.value, first);
@@ -727,20 +735,19 @@ static void begin_gradients(const schedule *run, cmb_head *head, const tables *t
     const cmb_rows region_key = !summarize ? summary_key : p->region_key.data ? regions(run, &g->region_key, u) : none;
     const cmb_array *given_key = summarize ? &p->region_key : &p->summary_key;
     const bool own_key = first || !given_key->data || given_key->heads == p->Hq;
-    head->grad.region_key = zeroed(computed(run, region_key, t->key_grad, D), R, D, t->stale.region_key, own_key);
+    head->grad.region_key = zeroed(computed(region_key, t->key_grad, D), R, D, t->stale.region_key, own_key);
     head->grad.region_value =
-        zeroed(computed(run, summarize ? none : summary_value, t->value_grad, Dv), R, Dv, t->stale.region_value, true);
+        zeroed(computed(summarize ? none : summary_value, t->value_grad, Dv), R, Dv, t->stale.region_value, true);
     if (!summarize)
         return;
     const int64_t queries = head->query_row ? run->queries : R;
-    head->grad.region_query =
-        zeroed(computed(run, region_query, t->query_grad, D), queries, D, t->stale.region_query, true);
+    head->grad.region_query = zeroed(computed(region_query, t->query_grad, D), queries, D, t->stale.region_query, true);
     /* A summary_key of Hk heads is one thing to a group, so its gradient enters once. */
     const bool enters = g->summary_key.data && u->h % (p->Hq / g->summary_key.heads) == 0;
     if (enters)
-        run->stage->begin_gradient(R, head->region_lse, summary_key, head->grad.region_key, run->scratch[worker]);
+        run->stage->add(R, D, head->region_lse, summary_key, head->grad.region_key, run->scratch[worker]);
     if (summary_value.data)
-        run->stage->begin_gradient(R, head->region_lse, summary_value, head->grad.region_value, run->scratch[worker]);
+        run->stage->add(R, Dv, head->region_lse, summary_value, head->grad.region_value, run->scratch[worker]);
 }
 
 /* Zeros in what no task met, of gradients that are the caller's; those of a group after its last head. */
@@ -749,6 +756,7 @@ static void end_gradients(const schedule *run, const cmb_head *head, const unit 
     const cmb_gradients *g = run->gradients;
     const bool summarize = p->stages & CMB_SUMMARIZE, last = (u->h + 1) % (p->Hq / p->Hk) == 0;
     const cmb_array *region_key = summarize ? &p->region_key : &p->summary_key;
+    const cmb_rows none = {0};
     const bool whole_key = region_key->data && (last || region_key->heads == p->Hq);
     const struct {
         bool is_done;
@@ -766,7 +774,7 @@ static void end_gradients(const schedule *run, const cmb_head *head, const unit 
         if (!each[n].is_done)
             continue;
         settle(run, *each[n].sums, worker);
-        narrow(run, each[n].sums->count, each[n].sums->dim, *each[n].sums, each[n].to, worker);
+        deliver(run, each[n].sums->count, each[n].sums->dim, none, *each[n].sums, each[n].to, worker);
     }
 }
 

@@ -42,7 +42,8 @@ typedef struct {
     cmb_rows query, key, value;
     cmb_rows region_query, region_key, region_value, region_lse;
     cmb_rows out, lse;
-    cmb_rows result; /* forward: `out`, or what is to become it; without data, `out` once a query's one tile is done */
+    cmb_rows
+        result; /* forward: `out`, or what is to become it; without data, `out` gets what a query's one tile makes */
 
     struct {
         cmb_rows query, key, value;
@@ -93,8 +94,8 @@ typedef struct {
     void (*copy_region_keys)(const cmb_head *head, int64_t n, cmb_rows to, const cmb_scratch *scratch);
     /* Zeros in the block's rows, which are stale no longer. */
     void (*clear)(cmb_rows rows, int64_t block);
-    /* Adds the gradients, as stored, of the first n regions, but of those without an lse. */
-    void (*begin_gradient)(int64_t n, cmb_rows lse, cmb_rows from, cmb_rows to, const cmb_scratch *scratch);
+    /* Adds n rows, as stored, to sums: where there are lses, of those that have one. */
+    void (*add)(int64_t n, int64_t dim, cmb_rows lse, cmb_rows from, cmb_rows to, const cmb_scratch *scratch);
     /* n rows from the caller's elements to those that are computed with, where they differ, and back. */
     void (*widen)(int64_t n, int64_t dim, cmb_rows from, cmb_rows to, const cmb_scratch *scratch);
     void (*narrow)(int64_t n, int64_t dim, cmb_rows from, cmb_rows to, const cmb_scratch *scratch);

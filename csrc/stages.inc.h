@@ -134,7 +134,7 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
     s.query_row = cmb_take(arena, WIDEST * d, r);
     s.key_row = cmb_take(arena, CHUNK * d, r);
     s.value_row = cmb_take(arena, CHUNK * dv, r);
-    s.result_row = cmb_take(arena, widens ? 2 * dv : 0, r);
+    s.result_row = cmb_take(arena, 2, dv * r);
     s.child_row = cmb_take(arena, widens ? c : 0, d * r);
     s.count = cmb_take(arena, n, sizeof(int32_t));
     s.pick = cmb_take(arena, n, sizeof(int32_t));
@@ -217,6 +217,11 @@ static inline void to_stored(int64_t dim, const REAL *from, STORED *to, const cm
         w->half->narrow(dim, (const float *)from, (uint16_t *)to);
     else
         memcpy(to, from, (size_t)dim * sizeof *to);
+}
+
+static inline void add_numbers(int64_t dim, const REAL *more, REAL *sum) {
+    for (int64_t d = 0; d < dim; d++)
+        sum[d] += more[d];
 }
 
 static void clear(cmb_rows rows, int64_t block) {
@@ -927,12 +932,12 @@ static void conclude(const cmb_head *head, const tile_state *t, int lane, REAL m
         return;
     /* Without a weight, 0 / 0. */
     *lse_of(head, x) = l == 0 ? only_infinite : (REAL)(((double)m + log2((double)l)) * ln_2);
-    if (t->regions || head->result.data) {
-        w->kernel->divide(head->Dv, sum, l, result_row(head, x));
-    } else {
-        w->kernel->divide(head->Dv, sum, l, w->result_row);
+    const bool is_done = !t->regions && !head->result.data;
+    w->kernel->divide(head->Dv, sum, l, is_done ? w->result_row : result_row(head, x));
+    if (is_done && widens)
         to_stored(head->Dv, w->result_row, (STORED *)head->out.data + x * head->out.row, w);
-    }
+    else if (is_done)
+        add_numbers(head->Dv, w->result_row, at(head->out, x));
     if (t->weighted)
         w->kernel->divide(head->D, sum + head->Dv, l, at(head->region_key, x - head->L));
 }
@@ -1342,11 +1347,10 @@ static void finish(int64_t n, cmb_rows lse, cmb_rows rows, int64_t dim, cmb_rows
         REAL *value = at(lse, x);
         if (*value == only_infinite)
             *value = (REAL)NAN;
-        if (*value == -infinity) {
+        if (*value == -infinity && rows.data)
             memset((STORED *)rows.data + x * rows.row, 0, (size_t)dim * sizeof(STORED));
-            if (more.data)
-                memset((STORED *)more.data + x * more.row, 0, (size_t)more_dim * sizeof(STORED));
-        }
+        if (*value == -infinity && more.data)
+            memset((STORED *)more.data + x * more.row, 0, (size_t)more_dim * sizeof(STORED));
     }
 }
 
@@ -1362,15 +1366,10 @@ static void copy_region_keys(const cmb_head *head, int64_t n, cmb_rows to, const
     }
 }
 
-static void begin_gradient(int64_t n, cmb_rows lse, cmb_rows from, cmb_rows to, const cmb_scratch *w) {
-    for (int64_t x = 0; x < n; x++) {
-        if (*at(lse, x) == -infinity)
-            continue;
-        REAL *sum = sum_at(to, x);
-        const REAL *more = numbers(stored_row(from, x), to.dim, w->sum, w);
-        for (int64_t d = 0; d < to.dim; d++)
-            sum[d] += more[d];
-    }
+static void add(int64_t n, int64_t dim, cmb_rows lse, cmb_rows from, cmb_rows to, const cmb_scratch *w) {
+    for (int64_t x = 0; x < n; x++)
+        if (!lse.data || *at(lse, x) != -infinity)
+            add_numbers(dim, numbers(stored_row(from, x), dim, w->sum, w), sum_at(to, x));
 }
 
 static void widen(int64_t n, int64_t dim, cmb_rows from, cmb_rows to, const cmb_scratch *w) {
@@ -1397,7 +1396,7 @@ const cmb_stage_table *NAME2(cmb_stages, FORMAT)(void) {
         .finish = finish,
         .copy_region_keys = copy_region_keys,
         .clear = clear,
-        .begin_gradient = begin_gradient,
+        .add = add,
         .widen = widen,
         .narrow = narrow,
     };

@@ -322,6 +322,24 @@ def test_workspace_is_told_in_advance():
                 assert taken == combiner.workspace_bytes(q, k, v, pattern, backward=True, **options), (pattern, options)
 
 
+def test_a_mixture_adds_up_in_place():
+    """One output and one set of gradients, whatever the number of its components."""
+    q, k, v, grad_out = np.random.default_rng(0).standard_normal((4, 4, 2048, 16)).astype(np.float32)
+    pattern = Mixture(Fixed(), LogSparse(), Axial(order="rowmajor"))
+    lse = q.nbytes // 16
+    tracemalloc.start()
+    try:
+        combiner.attention(q, k, v, pattern)
+        assert tracemalloc.get_traced_memory()[1] <= q.nbytes + lse + 2**16
+        _, saved = combiner.attention_forward(q, k, v, pattern)
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        combiner.attention_backward(grad_out, saved)
+        assert tracemalloc.get_traced_memory()[1] <= before + 3 * q.nbytes + 2**16
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_strided_views_are_not_copied(pattern):
     """NumPy's memory peaks at the results, of [L, H, D] layouts and padded rows too."""

@@ -134,13 +134,17 @@ static cmb_array new_array(fixture *f, int64_t heads, int64_t rows, int64_t dim)
     return a;
 }
 
-static cmb_array new_input(fixture *f, int64_t heads, int64_t rows, int64_t dim) {
-    const cmb_array a = new_array(f, heads, rows, dim);
+static void fill(const fixture *f, const cmb_array *a, int64_t rows, int64_t dim) {
     for (int64_t b = 0; b < f->asked.B; b++) /* in one order, whatever the layout */
-        for (int64_t h = 0; h < heads; h++)
+        for (int64_t h = 0; h < a->heads; h++)
             for (int64_t x = 0; x < rows; x++)
                 for (int64_t d = 0; d < dim; d++)
-                    put(f, &a, b, h, x, d, uniform());
+                    put(f, a, b, h, x, d, uniform());
+}
+
+static cmb_array new_input(fixture *f, int64_t heads, int64_t rows, int64_t dim) {
+    const cmb_array a = new_array(f, heads, rows, dim);
+    fill(f, &a, rows, dim);
     return a;
 }
 
@@ -1005,6 +1009,53 @@ static void add_arrays(const fixture *f, const cmb_array *to, const fixture *g, 
                     put(f, to, b, h, x, d, get(f, to, b, h, x, d) + get(g, from, b, h, x, d));
 }
 
+/* Numbers that are there already, and what a call makes alone, to the bit of their sum. */
+static void adding(void) {
+    static const int counts[] = {1, 2, 7};
+    for (int which = DENSE; which < PATTERNS; which++)
+        for (int options = 0; options < 6; options++) {
+            request asked = large((pattern)which);
+            asked.dtype = (cmb_dtype)(options & 1);
+            asked.options.is_causal = options & 1;
+            asked.masked = options >> 1 == 1;
+            asked.given_query = options >> 1 == 2;
+            asked.given_key = options >> 1 == 2 ? asked.Hk : 0;
+            asked.positions_first = options & 1;
+            CASE("pattern %d options %d", which, options);
+            fixture *alone = new_fixture(asked), *sums = new_fixture(asked);
+            cmb_problem *p = &alone->problem, *q = &sums->problem;
+            cmb_gradients *g = &alone->gradients, *k = &sums->gradients;
+            forward(alone);
+            backward(alone);
+            const struct {
+                const cmb_array *alone, *sum;
+                int64_t dim;
+            } grads[] = {
+                {&g->query, &k->query, asked.D}, {&g->key, &k->key, asked.D}, {&g->value, &k->value, asked.Dv}};
+            for (int n = 0; n < 3; n++) {
+                fill(sums, grads[n].sum, asked.L, grads[n].dim);
+                add_arrays(alone, grads[n].alone, sums, grads[n].sum, asked.L, grads[n].dim);
+            }
+            const cmb_array out = q->out;
+            q->adds = true;
+            q->out = p->out;
+            q->lse = p->lse;
+            q->summary_key = p->summary_key;
+            q->summary_value = p->summary_value;
+            q->summary_lse = p->summary_lse;
+            CHECK(cmb_set_num_threads(counts[options % 3], NULL) == CMB_OK);
+            backward(sums);
+            q->out = out;
+            fill(sums, &out, asked.L, asked.Dv);
+            add_arrays(alone, &p->out, sums, &out, asked.L, asked.Dv);
+            forward(sums);
+            check_same_results(alone, sums);
+            free_fixture(alone);
+            free_fixture(sums);
+        }
+    CHECK(cmb_set_num_threads(0, NULL) == CMB_OK);
+}
+
 /* SUMMARIZE, then ATTEND: BOTH's bits forward; backward, gradients that add up to the definition's. */
 static void stages(void) {
     for (int which = FIXED; which < PATTERNS; which++)
@@ -1195,6 +1246,7 @@ static void wrong_arguments(void) {
     WRONG(false, VALUE, "Hq must be", p->Hq = -4);
     WRONG(false, VALUE, "Hk must be", p->Hk = -2);
     WRONG(false, VALUE, "L must be between 0 and", p->L = -1);
+    WRONG(false, VALUE, "adds must be false for 16-bit dtypes", p->adds = true; p->dtype = CMB_BFLOAT16);
     WRONG(false, VALUE, "dropout_p must be between 0 and 1, got -0.5", p->dropout_p = -0.5);
     WRONG(false, VALUE, "dropout_p must be between 0 and 1, got 1.5", p->dropout_p = 1.5);
     WRONG(false, VALUE, "dropout_p must be between 0 and 1, got", p->dropout_p = NAN);
@@ -1603,6 +1655,7 @@ int main(int argc, char **argv) {
         TEST(fused_waves),
         TEST(instruction_sets),
         TEST(company),
+        TEST(adding),
         TEST(stages),
         TEST(packed),
         TEST(absent_gradients),
