@@ -4,7 +4,7 @@
  * runs every wave over a group of heads at once, each (head, task) pair on whichever thread is free. Backward
  * adds into rows that tasks and query heads share, so one thread takes a key head with all its query heads
  * and runs its tasks in reverse: that order, not the threads, decides the bits. Heads that would leave threads idle
- * are shared by all of them, in turns that keep it (turns.h).
+ * are shared by several, in turns that keep it (turns.h).
  */
 #include "plan.h"
 #include "stages.h"
@@ -219,6 +219,22 @@ typedef struct {
     } stale; /* of the gradients */
 } tables;
 
+/* What a unit of work is: a head, query or key, of one segment of a batch entry. Heads are innermost: those in flight
+ * share their positions. */
+typedef struct {
+    int64_t b, h;
+    int64_t s; /* the segment's number */
+    segment segment;
+} unit;
+
+/* Backward, of a head that workers share. */
+typedef struct {
+    unit unit;
+    cmb_head head;
+    cmb_turns turns;
+    int32_t *first_item; /* [tasks + 1] of each task in order */
+} shared_head;
+
 typedef struct {
     const cmb_problem *problem;
     const cmb_gradients *gradients;
@@ -231,15 +247,15 @@ typedef struct {
     int64_t segments;
     segment *segment; /* [segments] */
     int64_t units;    /* heads of segments forward, key heads backward */
-    int64_t shared;   /* backward: of these, the last ones, each of all workers together */
+    int64_t shared;   /* backward: of these, the last ones, fewer than workers, who share them */
     int64_t slots;    /* of which in flight at once */
     int workers;
     cmb_cancel *cancel;
     tables *table;         /* [slots] */
     cmb_scratch **scratch; /* [workers] */
-    cmb_turns *turns;      /* where workers share a head, else NULL */
-    cmb_item *item;        /* [workers] */
-    int32_t *first_item;   /* [tasks + 1] of each task in order */
+    shared_head *together; /* [shared] */
+    cmb_item *item;        /* [workers] where heads are shared */
+    int64_t member;        /* then: of each key head's query heads the one at hand */
     int64_t first, flying; /* forward: the group of heads at hand */
     int32_t waves, wave;   /* the most of a plan, and the one at hand */
     int64_t *task;         /* [slots + 1] first index of each head's tasks in this wave, or of each team's in all */
@@ -314,30 +330,31 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
     }
     for (int64_t s = 0, region = 0; segments && s < run->segments; region += segments[s++].R)
         segments[s] = segment_of(p, s, region);
-    if (backward && run->shared > 0) {
-        const size_t blocks = 2 * (size_t)cmb_blocks(run->L + run->R);
-        cmb_turns *turns = cmb_take(arena, 1, sizeof *turns);
-        run->first_item = cmb_take(arena, (size_t)run->tasks + 1, sizeof *run->first_item);
-        cmb_item *item = cmb_take(arena, (size_t)run->workers, sizeof *item);
-        cmb_turns t = {.asked = cmb_take(arena, blocks, sizeof *t.asked),
-                       .through = cmb_take(arena, blocks, sizeof *t.through)};
-        for (int i = 0; i < run->workers; i++) {
-            cmb_item own = {.worker = i, .cancel = run->cancel, .turns = turns};
-            own.place = cmb_take(arena, blocks, sizeof *own.place);
-            own.turn = cmb_take(arena, blocks, sizeof *own.turn);
-            if (item)
-                item[i] = own;
-        }
-        if (turns)
-            *turns = t;
-        run->turns = turns;
-        run->item = item;
+    const size_t blocks = 2 * (size_t)cmb_turn_blocks(run->L + run->R);
+    shared_head *together = cmb_take(arena, (size_t)run->shared, sizeof *together);
+    for (int64_t n = 0; n < run->shared; n++) {
+        const shared_head own = {.turns = {.asked = cmb_take(arena, blocks, sizeof *own.turns.asked),
+                                           .through = cmb_take(arena, blocks, sizeof *own.turns.through)},
+                                 .first_item = cmb_take(arena, (size_t)run->tasks + 1, sizeof *own.first_item)};
+        if (together)
+            together[n] = own;
+    }
+    cmb_item *item = cmb_take(arena, run->shared > 0 ? (size_t)run->workers : 0, sizeof *item);
+    for (int i = 0; i < run->workers && run->shared > 0; i++) {
+        const cmb_item own = {.worker = i,
+                              .cancel = run->cancel,
+                              .place = cmb_take(arena, blocks, sizeof *own.place),
+                              .turn = cmb_take(arena, blocks, sizeof *own.turn)};
+        if (item)
+            item[i] = own;
     }
     run->segment = segments;
     run->table = table;
     run->scratch = scratch;
     run->task = task;
     run->through = through;
+    run->together = together;
+    run->item = item;
 }
 
 static int32_t tasks_in(const cmb_plan *plan, int32_t wave) {
@@ -398,7 +415,7 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
     run->workers = work < (double)worth_a_thread ? 1 : threads;
     if (backward) {
         run->shared = run->workers > 1 ? run->units % run->workers : 0;
-        run->slots = run->units < run->workers ? 1 : run->workers;
+        run->slots = cmb_least(run->units, run->workers);
     } else {
         /* Of a head that is fused the longest tasks come last: there must be many. */
         run->fused = run->fused && (run->workers == 1 || run->units * fewest_tasks >= 16 * run->workers);
@@ -421,14 +438,6 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
 }
 
 /* ---- one head ----------------------------------------------------------------------------------- */
-
-/* What a unit of work is: a head, query or key, of one segment of a batch entry. Heads are innermost: those in flight
- * share their positions. */
-typedef struct {
-    int64_t b, h;
-    int64_t s; /* the segment's number */
-    segment segment;
-} unit;
 
 static unit unit_of(const schedule *run, int64_t n, int64_t heads) {
     const int64_t s = n / heads % run->segments;
@@ -832,28 +841,42 @@ static void backward_unit(void *context, int64_t index, int worker) {
     }
 }
 
-/* ---- backward of a head that all workers share -------------------------------------------------- */
+/* ---- backward of heads that workers share ------------------------------------------------------- */
 
-typedef struct {
-    const schedule *run;
-    cmb_head head;
-    int32_t first; /* task of the wave at hand */
-} shared_head;
+static void begin_shared(void *context, int64_t n, int worker) {
+    const schedule *run = context;
+    const cmb_problem *p = run->problem;
+    shared_head *it = &run->together[n];
+    it->unit = unit_of(run, run->units - run->shared + n, p->Hk);
+    it->unit.h = it->unit.h * (p->Hq / p->Hk) + run->member;
+    it->head = begin_backward(run, &run->table[n], &it->unit, worker);
+    const cmb_plan *plan = it->head.plan;
+    it->first_item[0] = 0;
+    for (int32_t i = 0; i < plan->tasks; i++) {
+        const cmb_task *task = &plan->task[run->table[n].order[i]];
+        it->first_item[i + 1] = it->first_item[i] + 1 + task[1].tile - task[0].tile;
+    }
+    cmb_begin_turns(&it->turns, cmb_turn_blocks(it->head.L + it->head.R));
+}
 
-static void clear_block(void *context, int64_t block, int worker) {
-    const shared_head *shared = context;
-    const cmb_head *head = &shared->head;
+static void clear_shared(void *context, int64_t index, int worker) {
+    const schedule *run = context;
+    const cmb_head *head = &run->together[index % run->shared].head;
+    const int64_t block = index / run->shared;
     (void)worker;
     const cmb_rows *const rows[] = {&head->grad.query,        &head->grad.key,        &head->grad.value,
                                     &head->grad.region_query, &head->grad.region_key, &head->grad.region_value};
     for (int n = 0; n < 6; n++)
         if (rows[n]->stale && block < cmb_blocks(rows[n]->count) && rows[n]->stale[block])
-            shared->run->stage->clear(*rows[n], block);
+            run->stage->clear(*rows[n], block);
 }
 
-static void pool_task(void *context, int64_t index, int worker) {
-    const shared_head *shared = context;
-    shared->run->stage->pool(&shared->head, shared->first + (int32_t)index, shared->run->scratch[worker]);
+static void pool_shared(void *context, int64_t index, int worker) {
+    const schedule *run = context;
+    const cmb_head *head = &run->together[index % run->shared].head;
+    const int64_t t = index / run->shared;
+    if (t < tasks_in(head->plan, run->wave))
+        run->stage->pool(head, head->plan->wave[run->wave] + (int32_t)t, run->scratch[worker]);
 }
 
 /* What a tile is going to touch: its rows chunk by chunk, its queries to the end. */
@@ -862,7 +885,7 @@ static void ask_for_tile(const cmb_head *head, const cmb_tile *tile, cmb_item *i
     for (int32_t run = tile->run; run < tile[1].run; run++) {
         const cmb_list rows = plan->run[run].row;
         for (int32_t n = 0, next; n < rows.count; n = next) {
-            const int32_t x = cmb_list_at(plan, rows, n), rest = CMB_BLOCK_ROWS - x % CMB_BLOCK_ROWS;
+            const int32_t x = cmb_list_at(plan, rows, n), rest = CMB_TURN_ROWS - x % CMB_TURN_ROWS;
             next = rows.step != 1 ? n + 1 : rest < rows.count - n ? n + rest : rows.count;
             cmb_ask(item, CMB_KEY_ROWS, x, cmb_use(run, next - 1));
         }
@@ -894,24 +917,23 @@ static void ask_for_pools(const cmb_head *head, int32_t task, cmb_item *item) {
 
 /* Items are numbered in the order of one thread: of the last task the last tile to the first, then its pools; and so
  * on to the first task. */
-static void backward_item(void *context, int64_t number, int worker) {
-    const shared_head *shared = context;
-    const schedule *run = shared->run;
+static void backward_item(const schedule *run, int64_t n, int32_t number, int worker) {
+    const shared_head *shared = &run->together[n];
     const cmb_head *head = &shared->head;
     const cmb_plan *plan = head->plan;
     cmb_item *item = &run->item[worker];
-    const int32_t *first = run->first_item, at = first[plan->tasks] - 1 - (int32_t)number;
-    int32_t n = 0, end = plan->tasks;
-    while (end - n > 1) {
-        const int32_t middle = n + (end - n) / 2;
+    const int32_t *first = shared->first_item, at = first[plan->tasks] - 1 - number;
+    int32_t i = 0, end = plan->tasks;
+    while (end - i > 1) {
+        const int32_t middle = i + (end - i) / 2;
         if (first[middle] <= at)
-            n = middle;
+            i = middle;
         else
             end = middle;
     }
-    const int32_t task = run->table->order[n], tile = plan->task[task].tile + at - first[n] - 1;
-    const bool is_tile = at > first[n], pools = !is_tile && head->stages & CMB_SUMMARIZE;
-    if (!cmb_enter(item, (int32_t)number))
+    const int32_t task = run->table[n].order[i], tile = plan->task[task].tile + at - first[i] - 1;
+    const bool is_tile = at > first[i], pools = !is_tile && head->stages & CMB_SUMMARIZE;
+    if (!cmb_enter(item, number))
         return;
     if (is_tile)
         ask_for_tile(head, &plan->tile[tile], item);
@@ -925,42 +947,54 @@ static void backward_item(void *context, int64_t number, int worker) {
     cmb_pass(item, INT64_MAX);
 }
 
-static void backward_together(const schedule *run, int64_t index) {
-    const cmb_problem *p = run->problem;
-    const int64_t group = p->Hq / p->Hk;
-    unit u = unit_of(run, index, p->Hk);
-    const int64_t end = (u.h + 1) * group;
-    for (u.h *= group; u.h < end && !cmb_cancelled(run->cancel, 0); u.h++) {
-        shared_head shared = {.run = run, .head = begin_backward(run, &run->table[0], &u, 0)};
-        const cmb_plan *plan = shared.head.plan;
-        const int64_t longest = shared.head.L > shared.head.R ? shared.head.L : shared.head.R;
-        cmb_parallel_for(cmb_blocks(longest), run->workers, clear_block, &shared, run->cancel);
-        for (int32_t wave = 0; wave < plan->waves; wave++) {
-            shared.first = plan->wave[wave];
-            cmb_parallel_for(plan->wave[wave + 1] - shared.first, run->workers, pool_task, &shared, run->cancel);
+/* Workers begin at different heads and, once nothing of one is left to begin, help with the next. */
+static void share_items(void *context, int64_t index, int worker) {
+    const schedule *run = context;
+    for (int64_t n = 0; n < run->shared; n++) {
+        const int64_t at = (index + n) % run->shared;
+        shared_head *shared = &run->together[at];
+        const int32_t items = shared->first_item[shared->head.plan->tasks];
+        int32_t number;
+        run->item[worker].turns = &shared->turns;
+        while (!cmb_cancelled(run->cancel, worker) && (number = atomic_fetch_add(&shared->turns.claimed, 1)) < items)
+            backward_item(run, at, number, worker);
+    }
+}
+
+static void end_shared(void *context, int64_t n, int worker) {
+    const schedule *run = context;
+    const shared_head *shared = &run->together[n];
+    end_gradients(run, &shared->head, &shared->unit, worker);
+}
+
+static void backward_together(schedule *run) {
+    const int64_t blocks = cmb_blocks(run->L > run->R ? run->L : run->R), group = run->problem->Hq / run->problem->Hk;
+    for (int i = 0; i < run->workers; i++)
+        memset(run->item[i].place, 0, 2 * (size_t)cmb_turn_blocks(run->L + run->R) * sizeof *run->item[i].place);
+    for (run->member = 0; run->member < group; run->member++) {
+        cmb_parallel_for(run->shared, run->workers, begin_shared, run, run->cancel);
+        if (cmb_cancelled(run->cancel, 0))
+            return;
+        cmb_parallel_for(run->shared * blocks, run->workers, clear_shared, run, run->cancel);
+        for (run->wave = 0; run->wave < run->waves; run->wave++) {
+            int64_t longest = 0;
+            for (int64_t n = 0; n < run->shared; n++) {
+                const int32_t tasks = tasks_in(run->together[n].head.plan, run->wave);
+                longest = tasks > longest ? tasks : longest;
+            }
+            cmb_parallel_for(run->shared * longest, run->workers, pool_shared, run, run->cancel);
         }
-        run->first_item[0] = 0;
-        for (int32_t n = 0; n < plan->tasks; n++) {
-            const cmb_task *task = &plan->task[run->table->order[n]];
-            run->first_item[n + 1] = run->first_item[n] + 1 + task[1].tile - task[0].tile;
-        }
-        run->turns->blocks = cmb_blocks(shared.head.L + shared.head.R);
-        atomic_store(&run->turns->entered, 0);
-        memset(run->turns->asked, 0, 2 * (size_t)run->turns->blocks * sizeof *run->turns->asked);
-        for (int64_t n = 0; n < 2 * run->turns->blocks; n++)
-            atomic_init(&run->turns->through[n], 0);
-        for (int i = 0; i < run->workers; i++)
-            memset(run->item[i].place, 0, 2 * (size_t)run->turns->blocks * sizeof *run->item[i].place);
-        cmb_parallel_for((int64_t)plan->tiles + plan->tasks, run->workers, backward_item, &shared, run->cancel);
-        end_gradients(run, &shared.head, &u, 0);
+        cmb_parallel_for(run->workers, run->workers, share_items, run, run->cancel);
+        if (cmb_cancelled(run->cancel, 0))
+            return;
+        cmb_parallel_for(run->shared, run->workers, end_shared, run, run->cancel);
     }
 }
 
 static void backward_units(schedule *run) {
-    const int64_t whole = run->units - run->shared;
-    cmb_parallel_for(whole, run->workers, backward_unit, run, run->cancel);
-    for (int64_t index = whole; index < run->units; index++)
-        backward_together(run, index);
+    cmb_parallel_for(run->units - run->shared, run->workers, backward_unit, run, run->cancel);
+    if (run->shared > 0 && !cmb_cancelled(run->cancel, 0))
+        backward_together(run);
 }
 
 /* ---- entry points ------------------------------------------------------------------------------- */

@@ -19,6 +19,16 @@ bool cmb_wait(const atomic_int *through, int32_t turn, cmb_cancel *cancel, int w
     return true;
 }
 
+void cmb_begin_turns(cmb_turns *turns, int64_t blocks) {
+    turns->blocks = blocks;
+    atomic_init(&turns->claimed, 0);
+    atomic_init(&turns->entered, 0);
+    for (int64_t n = 0; n < 2 * blocks; n++) {
+        turns->asked[n] = 0;
+        atomic_init(&turns->through[n], 0);
+    }
+}
+
 static bool wait_for(cmb_item *item, const atomic_int *value, int32_t wanted) {
     return cmb_wait(value, wanted, item->cancel, item->worker);
 }
@@ -31,7 +41,7 @@ bool cmb_enter(cmb_item *item, int32_t number) {
 void cmb_entered(cmb_item *item) { atomic_fetch_add_explicit(&item->turns->entered, 1, memory_order_release); }
 
 static int64_t block_of(const cmb_item *item, cmb_row_kind kind, int64_t row) {
-    return (kind == CMB_KEY_ROWS ? item->turns->blocks : 0) + row / CMB_BLOCK_ROWS;
+    return (kind == CMB_KEY_ROWS ? item->turns->blocks : 0) + row / CMB_TURN_ROWS;
 }
 
 void cmb_ask(cmb_item *item, cmb_row_kind kind, int64_t row, int64_t last) {

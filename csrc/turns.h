@@ -19,11 +19,16 @@ static inline int64_t cmb_blocks(int64_t rows) { return (rows + CMB_BLOCK_ROWS -
 /* Waits for *through to be `turn`; false where the call is cancelled first. */
 bool cmb_wait(const atomic_int *through, int32_t turn, cmb_cancel *cancel, int worker);
 
+/* Turns are taken at as many rows as a narrow tile has queries, so that neighbours do not wait for each other's. */
+enum { CMB_TURN_ROWS = 16 };
+static inline int64_t cmb_turn_blocks(int64_t rows) { return (rows + CMB_TURN_ROWS - 1) / CMB_TURN_ROWS; }
+
 /* Blocks of table rows, those of the query's gradients first, then those of the key's and value's. */
 typedef enum { CMB_QUERY_ROWS, CMB_KEY_ROWS } cmb_row_kind;
 
 typedef struct {
     int64_t blocks;      /* of each kind */
+    atomic_int claimed;  /* items: the next one's number */
     atomic_int entered;  /* items */
     int32_t *asked;      /* [2 * blocks] turns given out; of the item that is entering alone */
     atomic_int *through; /* [2 * blocks] turns that are over */
@@ -37,13 +42,16 @@ typedef struct {
 } cmb_turn;
 
 typedef struct {
-    cmb_turns *turns;
+    cmb_turns *turns; /* of the head at hand */
     cmb_cancel *cancel;
     int worker;
     int32_t *place; /* [2 * blocks] 1 + where in `turn`, or 0 */
     cmb_turn *turn; /* [2 * blocks] */
     int32_t count, over;
 } cmb_item;
+
+/* Nobody has had a turn. */
+void cmb_begin_turns(cmb_turns *turns, int64_t blocks);
 
 /* A place in a tile's runs: uses are compared by it. */
 static inline int64_t cmb_use(int32_t run, int32_t row) { return (int64_t)run << 32 | row; }
