@@ -31,6 +31,8 @@ typedef struct {
     typedef struct {                                                                                                   \
         /* packed[d * width + lane] = scale * row[lane][d], and 0 for lanes in [n, width). */                          \
         void (*pack)(int n, const REAL *const *row, int64_t dim, REAL scale, int width, REAL *packed);                 \
+        /* Copies n rows that lie apart side by side, to[i * dim + d] = row[i][d], and has row[i] be the copy. */      \
+        void (*gather)(int n, const REAL **row, int64_t dim, REAL *to);                                                \
         /* c[i][column + j] (+)= sum over t < k of a[i][t * a_step] * b[t][column + j], i < m, j < n.                  \
          * The sum starts from 0 and is added once to c where `add`. c overlaps neither a nor b. */                    \
         void (*product)(int64_t m, int64_t n, int64_t k, const REAL *const *a, int64_t a_step, const REAL *const *b,   \

@@ -137,6 +137,22 @@ static void K(pack)(int n, const REAL *const *row, int64_t dim, REAL scale, int 
     K(pack_rows)(n, row, dim, true, scale, width, packed);
 }
 
+/* ---- rows that lie apart ------------------------------------------------------------------------- */
+
+static void K(gather)(int n, const REAL **row, int64_t dim, REAL *to) {
+    enum { NEAR = 6, LINE = 64 / sizeof(REAL) }; /* rows from one that is fetched to the one that is copied meanwhile */
+    for (int i = 0; i < n; i++, to += dim) {
+        for (int64_t d = 0; i + NEAR < n && d < dim; d += LINE)
+            __builtin_prefetch(row[i + NEAR] + d);
+        int64_t d = 0;
+        for (; d + LANES <= dim; d += LANES)
+            store(to + d, load(row[i] + d));
+        if (d < dim)
+            store_part(to + d, load_part(row[i] + d, (int)(dim - d)), (int)(dim - d));
+        row[i] = to;
+    }
+}
+
 /* ---- the product -------------------------------------------------------------------------------- */
 
 INLINE vec K(factor)(const REAL *p) { return broadcast(*p); }
@@ -518,6 +534,7 @@ static void K(argmax)(int64_t n, const REAL *s, int width, REAL *top, REAL *arg)
 
 const NAME2(cmb_kernels, SUFFIX) NAME3(cmb_kernels_, ISA, SUFFIX) = {
     .pack = K(pack),
+    .gather = K(gather),
     .product = K(product),
     .dot = K(dot),
     .softmax = K(softmax),

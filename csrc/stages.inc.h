@@ -34,7 +34,6 @@ enum {
     NIBBLE = 4,                      /* lanes that share one window of rows */
     SLICE = 12,                      /* rows or lanes of a product between two fetches ahead, */
     FETCH = 2,                       /* and what is fetched then: as many lines as may be under way at once */
-    NEAR = 6,                        /* rows from one that is fetched to the one that is copied meanwhile */
 };
 
 static const REAL infinity = (REAL)INFINITY;
@@ -577,22 +576,23 @@ static inline bool is_scattered(const cmb_tile *tile, cmb_list list, cmb_rows ro
     return tile->width > CMB_GROUP && (list.step != 1 || rows.row != dim);
 }
 
+/* n rows of the list side by side in `copy`, if they lie apart and are not there yet. */
+static inline void bring_together(const tile_state *t, cmb_list list, cmb_rows rows, int64_t dim, int n,
+                                  const REAL **row, REAL *copy, const cmb_scratch *w) {
+    if (n > 0 && row[0] != copy && is_scattered(t->tile, list, rows, dim))
+        w->kernel->gather(n, row, elements(t, dim), copy);
+}
+
 /* A row of the tile as its products take it, made in `copy` where it is not so already. */
-static inline const REAL *operand(const tile_state *t, table_row row, int64_t dim, bool scattered, REAL *copy,
-                                  const cmb_scratch *w) {
-    const REAL *it = is_paired(t) ? in_pairs(row, dim, copy, w) : numbers(row, dim, copy, w);
-    return scattered && it != copy ? memcpy(copy, it, (size_t)elements(t, dim) * sizeof *it) : it;
+static inline const REAL *operand(const tile_state *t, table_row row, int64_t dim, REAL *copy, const cmb_scratch *w) {
+    return is_paired(t) ? in_pairs(row, dim, copy, w) : numbers(row, dim, copy, w);
 }
 
 /* The operands of n rows x, x + step, .., as the caller stored them or `computed`. */
 static inline void operands(const tile_state *t, cmb_rows rows, bool computed, int64_t x, int64_t step, int n,
-                            int64_t dim, bool scattered, REAL *copy, const REAL **to, const cmb_scratch *w) {
-    for (int i = 0; i < n; i++, x += step) {
-        const table_row row = computed ? number_row(at(rows, x)) : stored_row(rows, x);
-        if (scattered && i + NEAR < n)
-            fetch(computed ? number_row(at(rows, x + NEAR * step)) : stored_row(rows, x + NEAR * step), dim);
-        to[i] = operand(t, row, dim, scattered, copy + i * dim, w);
-    }
+                            int64_t dim, REAL *copy, const REAL **to, const cmb_scratch *w) {
+    for (int i = 0; i < n; i++, x += step)
+        to[i] = operand(t, computed ? number_row(at(rows, x)) : stored_row(rows, x), dim, copy + i * dim, w);
 }
 
 static inline void sums_at(cmb_rows rows, int64_t x, int64_t step, int n, REAL **to) {
@@ -602,15 +602,13 @@ static inline void sums_at(cmb_rows rows, int64_t x, int64_t step, int n, REAL *
 
 /* Elements [next, next + n) of a run that lies in the positions, or the regions, without a question per row. */
 static void gather_straight(const cmb_head *head, const tile_state *t, cmb_list list, int n, int at, cmb_scratch *w) {
-    const bool far_keys = is_scattered(t->tile, list, head->key, head->D);
-    const bool far_values = is_scattered(t->tile, list, head->value, head->Dv);
     const int64_t row = list.start + (int64_t)list.step * t->next, step = list.step;
     const bool regions = row >= head->L;
     const int64_t x = regions ? row - head->L : row;
-    operands(t, regions ? head->region_key : head->key, regions, x, step, n, head->D, far_keys,
-             w->key_row + at * head->D, w->key + at, w);
-    operands(t, regions ? head->region_value : head->value, regions, x, step, n, head->Dv, far_values,
-             w->value_row + at * head->Dv, w->value + at, w);
+    operands(t, regions ? head->region_key : head->key, regions, x, step, n, head->D, w->key_row + at * head->D,
+             w->key + at, w);
+    operands(t, regions ? head->region_value : head->value, regions, x, step, n, head->Dv, w->value_row + at * head->Dv,
+             w->value + at, w);
     for (int i = 0; i < n; i++) {
         w->bias[at + i] = 0;
         w->row[at + i] = (uint32_t)(row + step * i);
@@ -621,12 +619,10 @@ static void gather_straight(const cmb_head *head, const tile_state *t, cmb_list 
     sums_at(regions ? head->grad.region_value : head->grad.value, x, step, n, w->dvalue + at);
 }
 
-static void gather_row(const cmb_head *head, const tile_state *t, cmb_list list, int32_t x, int at, cmb_scratch *w) {
-    const bool far_keys = is_scattered(t->tile, list, head->key, head->D);
-    const bool far_values = is_scattered(t->tile, list, head->value, head->Dv);
+static void gather_row(const cmb_head *head, const tile_state *t, int32_t x, int at, cmb_scratch *w) {
     const int64_t r = x - head->L;
-    w->key[at] = operand(t, key_row(head, x), head->D, far_keys, w->key_row + at * head->D, w);
-    w->value[at] = operand(t, value_row(head, x), head->Dv, far_values, w->value_row + at * head->Dv, w);
+    w->key[at] = operand(t, key_row(head, x), head->D, w->key_row + at * head->D, w);
+    w->value[at] = operand(t, value_row(head, x), head->Dv, w->value_row + at * head->Dv, w);
     w->bias[at] = head->plan->size_bias && r >= 0 ? log2((double)head->count[r]) : 0;
     w->row[at] = (uint32_t)x;
     if (!w->backward)
@@ -656,6 +652,7 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
         const cmb_run *run = &plan->run[t->run];
         const uint64_t *mask = run->mask < 0 ? NULL : plan->mask + run->mask;
         const cmb_list list = run->row;
+        const int from = n;
         const bool are_regions = list.step && list.start >= head->L && last_of(list) >= head->L;
         t->masked |= mask != NULL || t->next < t->had_end;
         if (head->all_live && (are_positions(head, list) || (are_regions && !head->pick_key && !plan->size_bias))) {
@@ -672,15 +669,12 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
                 const int32_t x = cmb_list_at(plan, list, t->next);
                 if (!live(head, x))
                     continue;
-                if (t->next + NEAR < list.count) {
-                    const int32_t near = cmb_list_at(plan, list, t->next + NEAR);
-                    fetch(key_row(head, near), head->D);
-                    fetch(value_row(head, near), head->Dv);
-                }
-                gather_row(head, t, list, x, n, w);
+                gather_row(head, t, x, n, w);
                 w->lanes[n++] = (mask ? mask[t->next] & t->all : t->all) & ~had_by(t, t->next);
             }
         }
+        bring_together(t, list, head->key, head->D, n - from, w->key + from, w->key_row + from * head->D, w);
+        bring_together(t, list, head->value, head->Dv, n - from, w->value + from, w->value_row + from * head->Dv, w);
         if (t->next < list.count)
             break;
     }
@@ -1000,7 +994,7 @@ static void begin_lanes(const cmb_head *head, tile_state *t, bool afresh, cmb_sc
     memset(w->sum, 0, (size_t)(t->n * dim) * sizeof(REAL));
     for (int lane = 0; lane < t->n; lane++) {
         const table_row query = query_row(head, cmb_list_at(head->plan, t->tile->query, live_lane(t, lane)), w);
-        w->lane_in[lane] = operand(t, query, head->D, false, w->query_row + lane * head->D, w);
+        w->lane_in[lane] = operand(t, query, head->D, w->query_row + lane * head->D, w);
         w->lane_out[lane] = w->sum + lane * dim;
         if (afresh)
             continue;
@@ -1189,25 +1183,37 @@ static bool await_rows(const tile_state *t, const cmb_scratch *w) {
     return true;
 }
 
-/* lse in base 2 and delta of one query, with the rows of its gradient; false where it attends nothing. */
+static inline table_row grad_row(const cmb_head *head, int64_t x) {
+    return x < head->L ? stored_row(head->grad.out, x) : number_row(sum_at(head->grad.region_value, x - head->L));
+}
+
+/* The rows of the tile's queries, and of what their gradients come from and go to. */
+static void gather_queries(const cmb_head *head, const tile_state *t, cmb_scratch *w) {
+    const cmb_list list = t->tile->query;
+    for (int lane = 0; lane < t->n; lane++) {
+        const int64_t x = cmb_list_at(head->plan, list, lane), r = x - head->L;
+        const table_row query = query_row(head, cmb_list_at(head->plan, list, live_lane(t, lane)), w);
+        w->lane_in[lane] = operand(t, query, head->D, w->query_row + lane * head->D, w);
+        w->grad_in[lane] = operand(t, grad_row(head, x), head->Dv, w->grad_row + lane * head->Dv, w);
+        w->lane_out[lane] =
+            r < 0 ? sum_at(head->grad.query, x) : region_query_at(head, head->grad.region_query, w->own_query_grad, r);
+        w->key_grad_in[lane] = t->weighted ? sum_at(head->grad.region_key, r) : NULL;
+    }
+    bring_together(t, list, head->query, head->D, t->n, w->lane_in, w->query_row, w);
+    bring_together(t, list, head->grad.out, head->Dv, t->n, w->grad_in, w->grad_row, w);
+}
+
+/* lse in base 2 and delta of one of them; false where it attends nothing. */
 static bool begin_lane(const cmb_head *head, const tile_state *t, int lane, REAL *lse2, REAL *delta, cmb_scratch *w) {
     const int64_t x = cmb_list_at(head->plan, t->tile->query, lane), r = x - head->L;
     const REAL lse = *lse_of(head, x);
     *lse2 = *delta = 0;
-    const table_row query = query_row(head, cmb_list_at(head->plan, t->tile->query, live_lane(t, lane)), w);
-    const table_row grad = r < 0 ? stored_row(head->grad.out, x) : number_row(sum_at(head->grad.region_value, r));
-    const bool far_query = is_scattered(t->tile, t->tile->query, head->query, head->D);
-    const bool far_grad = is_scattered(t->tile, t->tile->query, head->grad.out, head->Dv);
-    w->lane_in[lane] = operand(t, query, head->D, far_query, w->query_row + lane * head->D, w);
-    w->grad_in[lane] = operand(t, grad, head->Dv, far_grad, w->grad_row + lane * head->Dv, w);
-    w->lane_out[lane] =
-        r < 0 ? sum_at(head->grad.query, x) : region_query_at(head, head->grad.region_query, w->own_query_grad, r);
-    w->key_grad_in[lane] = t->weighted ? sum_at(head->grad.region_key, r) : NULL;
     if (lse == -infinity)
         return false;
     const REAL *result =
         r < 0 ? numbers(stored_row(head->out, x), head->Dv, w->result_row, w) : at(head->region_value, r);
-    const REAL *out_grad = is_paired(t) ? numbers(grad, head->Dv, w->result_row + head->Dv, w) : w->grad_in[lane];
+    const REAL *out_grad =
+        is_paired(t) ? numbers(grad_row(head, x), head->Dv, w->result_row + head->Dv, w) : w->grad_in[lane];
     *lse2 = (REAL)((double)lse * log2_e);
     w->kernel->dot(1, &result, head->Dv, out_grad, delta);
     if (t->weighted) {
@@ -1228,6 +1234,7 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
     REAL *lse2 = w->state, *delta = lse2 + WIDEST;
     if (!t.all || !await_queries(head, &t, w))
         return;
+    gather_queries(head, &t, w);
     uint64_t attending = 0;
     for (int lane = 0; lane < t.n; lane++)
         if (begin_lane(head, &t, lane, lse2 + lane, delta + lane, w))
@@ -1280,7 +1287,10 @@ static void row_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_sc
     tile_state t = begin_tile(head, tile, w);
     REAL lse2, delta, *query = w->line;
     const REAL *dp = w->dp;
-    if (!t.all || !await_queries(head, &t, w) || !begin_lane(head, &t, 0, &lse2, &delta, w))
+    if (!t.all || !await_queries(head, &t, w))
+        return;
+    gather_queries(head, &t, w);
+    if (!begin_lane(head, &t, 0, &lse2, &delta, w))
         return;
     memcpy(query, w->lane_in[0], (size_t)head->D * sizeof(REAL));
     w->kernel->scale(head->D, query, (REAL)(head->scale * log2_e));

@@ -609,6 +609,7 @@ int main(int argc, char **argv) {
     sigaction(SIGBUS, &fault, NULL);
 #define BOTH(function) TEST(function##_f32), TEST(function##_f64)
     static const test_case tests[] = {
+        BOTH(gather),
         BOTH(pack),
         BOTH(product),
         BOTH(dot),

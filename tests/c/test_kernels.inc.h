@@ -61,6 +61,25 @@ static void T(check_near)(int isa, const char *what, int64_t at, REAL got, WIDE 
               what, (long long)at, (double)got, (double)want, (double)slack, context);
 }
 
+/* ---- rows that lie apart ------------------------------------------------------------------------- */
+
+static void T(gather)(void) {
+    for (int isa = 0; isa < cmb_isa_count(); isa++)
+        for (int n = 1; n <= 9; n++)
+            for (int64_t dim = 1; dim < 70; dim += 1 + random_below(5)) {
+                CASE("gather %d rows of %lld", n, (long long)dim);
+                REAL *copy = T(reals)(n * dim);
+                const REAL *row[9], *from[9];
+                for (int i = 0; i < n; i++)
+                    from[i] = row[i] = T(uniforms)(dim, -1, 1);
+                isas[isa].SUFFIX->gather(n, row, dim, copy);
+                for (int i = 0; i < n; i++)
+                    CHECK(row[i] == copy + i * dim && memcmp(row[i], from[i], (size_t)dim * sizeof(REAL)) == 0,
+                          "%s [%d]: %s", isas[isa].name, i, context);
+                check_fence();
+            }
+}
+
 /* ---- packing and products ----------------------------------------------------------------------- */
 
 static void T(check_pack)(int n, int64_t dim, int width) {
