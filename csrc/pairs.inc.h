@@ -34,10 +34,12 @@ static void pair_interleave(int64_t n, const void *first, const void *second, vo
         *(pair_bits *)(pairs + i) = x[i] | (y ? (uint32_t)y[i] << 16 : 0);
 }
 
+typedef words words_of_halves __attribute__((aligned(2), may_alias));
+
 static void pair_round(int64_t n, const float *x, uint16_t *y) {
     int64_t i = 0;
     for (; i + 2 * LANES <= n; i += 2 * LANES)
-        store((float *)(void *)(y + i), (vec)NARROW(load(x + i), load(x + i + LANES)));
+        *(words_of_halves *)(y + i) = (words)NARROW(load(x + i), load(x + i + LANES));
     if (i < n) {
         float rest[2 * LANES] = {0};
         memcpy(rest, x + i, (size_t)(n - i) * sizeof *x);
