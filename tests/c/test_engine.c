@@ -1015,6 +1015,7 @@ static void adding(void) {
     for (int which = DENSE; which < PATTERNS; which++)
         for (int options = 0; options < 6; options++) {
             request asked = large((pattern)which);
+            asked.L = 75;
             asked.dtype = (cmb_dtype)(options & 1);
             asked.options.is_causal = options & 1;
             asked.masked = options >> 1 == 1;
