@@ -7,6 +7,9 @@
 #include "runtime.h"
 #include "turns.h"
 
+enum { CMB_BLOCK_ROWS = 64 };
+static inline int64_t cmb_blocks(int64_t rows) { return (rows + CMB_BLOCK_ROWS - 1) / CMB_BLOCK_ROWS; }
+
 /* One head of a cmb_array: row x is at element x * row of data. Gradients are zeroed in blocks of rows when one of them
  * is first met, so that they are in the cache when they are added to: in stale[block] where that is still to come. */
 typedef struct {
@@ -42,8 +45,8 @@ typedef struct {
     cmb_rows query, key, value;
     cmb_rows region_query, region_key, region_value, region_lse;
     cmb_rows out, lse;
-    cmb_rows
-        result; /* forward: `out`, or what is to become it; without data, `out` gets what a query's one tile makes */
+    /* Forward: `out`, or what is to become it; without data `out` gets what a query's one tile makes. */
+    cmb_rows result;
 
     struct {
         cmb_rows query, key, value;

@@ -13,9 +13,6 @@
 
 #include "runtime.h"
 
-enum { CMB_BLOCK_ROWS = 64 };
-static inline int64_t cmb_blocks(int64_t rows) { return (rows + CMB_BLOCK_ROWS - 1) / CMB_BLOCK_ROWS; }
-
 /* Waits for *through to be `turn`; false where the call is cancelled first. */
 bool cmb_wait(const atomic_int *through, int32_t turn, cmb_cancel *cancel, int worker);
 
