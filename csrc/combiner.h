@@ -112,8 +112,9 @@ typedef struct {
      * which there are at most `own_queries`; any other is row n of `shared_queries`. NULL: of each region, row r. */
     const int32_t *query_row; /* [R] */
     int32_t own_queries, shared_queries;
-    bool resumes;      /* found too: some position is a query of more than one tile */
-    bool only_attends; /* found too: regions, without a pool in the plan. They must be given: for CMB_ATTEND alone */
+    const int32_t *pick; /* [R] found too, with CMB_POOL_FIRST: the picks where no position is masked. Else NULL */
+    bool resumes;        /* found too: some position is a query of more than one tile */
+    bool only_attends;   /* found too: regions, without a pool in the plan. They must be given: for CMB_ATTEND alone */
 } cmb_plan;
 
 typedef struct {

@@ -290,7 +290,7 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
     for (int64_t i = 0; i < run->slots && !arena->overflow; i++) {
         tables t = {0};
         t.count = cmb_take(arena, R, sizeof(int32_t));
-        t.pick = cmb_take(arena, R, sizeof(int32_t));
+        t.pick = cmb_take(arena, p->plan[0]->pooling == CMB_POOL_FIRST ? R : 0, sizeof(int32_t));
         if (p->region_query.data ? summarize && run->widens : pools_query(p))
             t.query = cmb_take(arena, (size_t)run->queries, d);
         if (region_key_of(p)->data ? run->widens : summarize && !picks_key(p))
@@ -486,7 +486,7 @@ static cmb_head make_head(const schedule *run, const tables *t, const unit *u) {
     const int64_t hk = u->h / (p->Hq / p->Hk);
     const cmb_plan *plan = u->segment.plan[p->plans == run->segments ? 0 : u->b * p->Hk + hk];
     const bool summarize = p->stages & CMB_SUMMARIZE, first = plan->pooling == CMB_POOL_FIRST;
-    const bool weighted = summarize && plan->weighted && !p->region_key.data;
+    const bool weighted = summarize && plan->weighted && !p->region_key.data, known = plan->pick && !p->key_mask;
     cmb_head head = {
         .plan = plan,
         .stages = p->stages,
@@ -506,7 +506,8 @@ static cmb_head make_head(const schedule *run, const tables *t, const unit *u) {
         .pick_key = summarize && first && !p->region_key.data && !weighted,
         .weighted = weighted,
         .count = t->count,
-        .pick = t->pick,
+        .pick = known ? plan->pick : t->pick,
+        .picked = known || !first ? NULL : t->pick,
         .query = positions(run, &p->query, u),
         .key = positions(run, &p->key, u),
         .value = positions(run, &p->value, u),
@@ -549,7 +550,8 @@ static void clear_counts(const cmb_head *head) {
     memset(head->count, 0, (size_t)head->plan->R * sizeof(int32_t));
     for (int32_t r = 0; head->plan->only_attends && r < head->plan->R; r++)
         head->count[r] = 1; /* whatever it stands for, it is there */
-    memset(head->pick, 0, (size_t)head->plan->R * sizeof(int32_t));
+    if (head->picked)
+        memset(head->picked, 0, (size_t)head->plan->R * sizeof(int32_t));
 }
 
 static void begin_head(void *context, int64_t slot, int worker) {

@@ -7,12 +7,15 @@
 
 /* ---- memory: a finished plan is one block, its struct first ---- */
 
+static int64_t picks(const cmb_plan *plan) { return plan->pooling == CMB_POOL_FIRST ? plan->R : 0; }
+
 static bool plan_size(const cmb_plan *plan, size_t *bytes) {
     const size_t part[][2] = {
         {(size_t)plan->masks, sizeof *plan->mask},     {(size_t)plan->waves + 1, sizeof *plan->wave},
         {(size_t)plan->tasks + 1, sizeof *plan->task}, {(size_t)plan->pools, sizeof *plan->pool},
         {(size_t)plan->tiles + 1, sizeof *plan->tile}, {(size_t)plan->runs, sizeof *plan->run},
         {(size_t)plan->indices, sizeof *plan->index},  {(size_t)plan->R, sizeof *plan->query_row},
+        {(size_t)picks(plan), sizeof *plan->pick},
     };
     *bytes = sizeof *plan;
     for (size_t n = 0; n < sizeof part / sizeof *part; n++) {
@@ -114,6 +117,16 @@ static void find_query_rows(cmb_plan *plan, int32_t *query_row, int32_t *needs) 
     plan->query_row = query_row;
 }
 
+/* Into `pick`; first[] takes those of scratch rows too. */
+static void find_picks(cmb_plan *plan, int32_t *pick, int32_t *first) {
+    memset(first, 0, (size_t)plan->R * sizeof *first);
+    for (int32_t n = 0; n < plan->pools; n++) {
+        const int32_t child = cmb_list_at(plan, plan->pool[n].child, 0);
+        first[plan->pool[n].row - plan->L] = child < plan->L ? child : first[child - plan->L];
+    }
+    plan->pick = picks(plan) ? memcpy(pick, first, (size_t)picks(plan) * sizeof *pick) : NULL;
+}
+
 static bool attends_regions(const cmb_plan *plan) {
     for (int32_t run = 0; run < plan->runs; run++)
         for (int32_t n = 0; n < plan->run[run].row.count; n++)
@@ -136,16 +149,17 @@ static bool resumes(const cmb_plan *plan, int32_t *met) {
     return false;
 }
 
-/* `query_row` has room for R. */
-static cmb_status find_traits(cmb_plan *plan, int32_t *query_row, cmb_error *error) {
-    const size_t bytes = (size_t)(plan->L + plan->R + 1) * sizeof(int32_t);
+/* `rows` has room for what is found of regions: query_row, and pick where there are picks. */
+static cmb_status find_traits(cmb_plan *plan, int32_t *rows, cmb_error *error) {
+    const size_t bytes = (size_t)(plan->L + plan->R + plan->N + 1) * sizeof(int32_t);
     int32_t *row = cmb_allocate(bytes);
     if (!row)
         return cmb_fail(error, CMB_ERR_MEMORY, "out of memory: a plan of length %lld needs %zu bytes while it is made",
                         (long long)plan->L, bytes);
     plan->is_fusible = plan->waves > 1 && is_fusible(plan, row);
     plan->resumes = plan->tiles > 1 && resumes(plan, row);
-    find_query_rows(plan, query_row, row);
+    find_query_rows(plan, rows, row);
+    find_picks(plan, rows + plan->R, row);
     plan->only_attends = plan->pools == 0 && attends_regions(plan);
     cmb_release(row);
     return CMB_OK;

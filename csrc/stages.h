@@ -38,7 +38,8 @@ typedef struct {
     bool pick_query, pick_key; /* it is the row of position pick[r] */
     bool weighted;             /* k_R comes out of the summarising softmax, beside h_R */
     int32_t *count;            /* [R] unmasked positions below */
-    int32_t *pick;             /* [R] */
+    const int32_t *pick;       /* [R] */
+    int32_t *picked;           /* the same, where pools are to find them */
     const int32_t *query_row;  /* [R] q_R is row n of region_query, or ~n of what the scratch has for the task at hand;
                                 * NULL: row r of region_query */
 

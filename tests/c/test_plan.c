@@ -622,6 +622,16 @@ static void check_own_queries(const factorization *f, const cmb_plan *plan) {
 
 static void test_own_queries(void) { with_many_plans(check_own_queries); }
 
+/* ---- picks where nothing is masked ---- */
+
+static void check_picks(const factorization *f, const cmb_plan *plan) {
+    CHECK((plan->pick != NULL) == (plan->pooling == CMB_POOL_FIRST && plan->R > 0), "kind %d", (int)f->kind);
+    for (int32_t r = 0; f->kind == ROWMAJOR && r < plan->R; r++)
+        CHECK(plan->pick[r] == r, "L %lld: region %d picks %d", (long long)f->L, r, plan->pick[r]);
+}
+
+static void test_picks(void) { with_many_plans(check_picks); }
+
 /* ---- a causal prefix computes the same ---- */
 
 typedef struct {
@@ -1315,6 +1325,7 @@ int main(int argc, char **argv) {
         TEST(test_fusible),
         TEST(test_resumes),
         TEST(test_own_queries),
+        TEST(test_picks),
         TEST(test_prefixes),
         TEST(test_random_parts),
         TEST(test_known_parts),
