@@ -254,6 +254,7 @@ typedef struct {
     tables *table;         /* [slots] */
     cmb_scratch **scratch; /* [workers] */
     shared_head *together; /* [shared] */
+    int64_t touched;       /* gradient rows that a tile, or a task's pools, touch: at most so many */
     cmb_item *item;        /* [workers] where heads are shared */
     int64_t member;        /* then: of each key head's query heads the one at hand */
     int64_t first, flying; /* forward: the group of heads at hand */
@@ -330,21 +331,19 @@ static void take_memory(schedule *run, cmb_arena *arena, bool backward) {
     }
     for (int64_t s = 0, region = 0; segments && s < run->segments; region += segments[s++].R)
         segments[s] = segment_of(p, s, region);
-    const size_t blocks = 2 * (size_t)cmb_turn_blocks(run->L + run->R);
+    const size_t rows = 2 * (size_t)(run->L + run->R);
     shared_head *together = cmb_take(arena, (size_t)run->shared, sizeof *together);
     for (int64_t n = 0; n < run->shared; n++) {
-        const shared_head own = {.turns = {.asked = cmb_take(arena, blocks, sizeof *own.turns.asked),
-                                           .through = cmb_take(arena, blocks, sizeof *own.turns.through)},
+        const shared_head own = {.turns = {.asked = cmb_take(arena, rows, sizeof *own.turns.asked),
+                                           .through = cmb_take(arena, rows, sizeof *own.turns.through)},
                                  .first_item = cmb_take(arena, (size_t)run->tasks + 1, sizeof *own.first_item)};
         if (together)
             together[n] = own;
     }
     cmb_item *item = cmb_take(arena, run->shared > 0 ? (size_t)run->workers : 0, sizeof *item);
     for (int i = 0; i < run->workers && run->shared > 0; i++) {
-        const cmb_item own = {.worker = i,
-                              .cancel = run->cancel,
-                              .place = cmb_take(arena, blocks, sizeof *own.place),
-                              .turn = cmb_take(arena, blocks, sizeof *own.turn)};
+        const cmb_item own = {
+            .worker = i, .cancel = run->cancel, .turn = cmb_take(arena, (size_t)run->touched, sizeof *own.turn)};
         if (item)
             item[i] = own;
     }
@@ -365,6 +364,24 @@ static int32_t longest_wave(const cmb_plan *plan) {
     int32_t most = 0;
     for (int32_t wave = 0; wave < plan->waves; wave++)
         most = tasks_in(plan, wave) > most ? tasks_in(plan, wave) : most;
+    return most;
+}
+
+/* Gradient rows that an item lists, at most (turns.h). */
+static int64_t most_touched(const cmb_plan *plan) {
+    int64_t most = 0;
+    for (int32_t tile = 0; tile < plan->tiles; tile++) {
+        int64_t rows = 2 * (int64_t)plan->tile[tile].query.count;
+        for (int32_t run = plan->tile[tile].run; run < plan->tile[tile + 1].run; run++)
+            rows += plan->run[run].row.count;
+        most = rows > most ? rows : most;
+    }
+    for (int32_t task = 0; task < plan->tasks; task++) {
+        int64_t rows = 0;
+        for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++)
+            rows += 2 * (1 + (int64_t)plan->pool[p].child.count);
+        most = rows > most ? rows : most;
+    }
     return most;
 }
 
@@ -415,6 +432,10 @@ static void plan_run(schedule *run, const cmb_problem *p, const cmb_gradients *g
     run->workers = work < (double)worth_a_thread ? 1 : threads;
     if (backward) {
         run->shared = run->workers > 1 ? run->units % run->workers : 0;
+        for (int64_t i = 0; run->shared > 0 && i < p->plans; i++) {
+            const int64_t touched = most_touched(p->plan[i]);
+            run->touched = touched > run->touched ? touched : run->touched;
+        }
         run->slots = cmb_least(run->units, run->workers);
     } else {
         /* Of a head that is fused the longest tasks come last: there must be many. */
@@ -858,7 +879,7 @@ static void begin_shared(void *context, int64_t n, int worker) {
         const cmb_task *task = &plan->task[run->table[n].order[i]];
         it->first_item[i + 1] = it->first_item[i] + 1 + task[1].tile - task[0].tile;
     }
-    cmb_begin_turns(&it->turns, cmb_turn_blocks(it->head.L + it->head.R));
+    cmb_begin_turns(&it->turns, it->head.L + it->head.R);
 }
 
 static void clear_shared(void *context, int64_t index, int worker) {
@@ -881,22 +902,17 @@ static void pool_shared(void *context, int64_t index, int worker) {
         run->stage->pool(head, head->plan->wave[run->wave] + (int32_t)t, run->scratch[worker]);
 }
 
-/* What a tile is going to touch: its rows chunk by chunk, its queries to the end. */
 static void ask_for_tile(const cmb_head *head, const cmb_tile *tile, cmb_item *item) {
     const cmb_plan *plan = head->plan;
-    for (int32_t run = tile->run; run < tile[1].run; run++) {
-        const cmb_list rows = plan->run[run].row;
-        for (int32_t n = 0, next; n < rows.count; n = next) {
-            const int32_t x = cmb_list_at(plan, rows, n), rest = CMB_TURN_ROWS - x % CMB_TURN_ROWS;
-            next = rows.step != 1 ? n + 1 : rest < rows.count - n ? n + rest : rows.count;
-            cmb_ask(item, CMB_KEY_ROWS, x, cmb_use(run, next - 1));
-        }
-    }
+    for (int32_t run = tile->run; run < tile[1].run; run++)
+        for (int32_t n = 0; n < plan->run[run].row.count; n++)
+            cmb_ask(item, CMB_KEY_ROWS, cmb_list_at(plan, plan->run[run].row, n));
+    item->held = item->count;
     for (int32_t n = 0; n < tile->query.count; n++) {
         const int32_t x = cmb_list_at(plan, tile->query, n);
-        cmb_ask(item, CMB_QUERY_ROWS, x, INT64_MAX - 1);
+        cmb_ask(item, CMB_QUERY_ROWS, x);
         if (x >= head->L)
-            cmb_ask(item, CMB_KEY_ROWS, x, INT64_MAX - 1);
+            cmb_ask(item, CMB_KEY_ROWS, x);
     }
 }
 
@@ -911,8 +927,8 @@ static void ask_for_pools(const cmb_head *head, int32_t task, cmb_item *item) {
                 x = head->pick[pool->row - head->L];
             if (x >= head->L + plan->R) /* a scratch row, the worker's own */
                 continue;
-            cmb_ask(item, CMB_QUERY_ROWS, x, INT64_MAX - 1);
-            cmb_ask(item, CMB_KEY_ROWS, x, INT64_MAX - 1);
+            cmb_ask(item, CMB_QUERY_ROWS, x);
+            cmb_ask(item, CMB_KEY_ROWS, x);
         }
     }
 }
@@ -946,7 +962,7 @@ static void backward_item(const schedule *run, int64_t n, int32_t number, int wo
         run->stage->tile_backward(head, tile, -1, run->scratch[worker], item, run->cancel, worker);
     else if (pools)
         run->stage->pool_backward(head, task, run->scratch[worker], item);
-    cmb_pass(item, INT64_MAX);
+    cmb_pass(item, item->count);
 }
 
 /* Workers begin at different heads and, once nothing of one is left to begin, help with the next. */
@@ -971,8 +987,6 @@ static void end_shared(void *context, int64_t n, int worker) {
 
 static void backward_together(schedule *run) {
     const int64_t blocks = cmb_blocks(run->L > run->R ? run->L : run->R), group = run->problem->Hq / run->problem->Hk;
-    for (int i = 0; i < run->workers; i++)
-        memset(run->item[i].place, 0, 2 * (size_t)cmb_turn_blocks(run->L + run->R) * sizeof *run->item[i].place);
     for (run->member = 0; run->member < group; run->member++) {
         cmb_parallel_for(run->shared, run->workers, begin_shared, run, run->cancel);
         if (cmb_cancelled(run->cancel, 0))

@@ -80,6 +80,7 @@ struct cmb_scratch {
     REAL *packed_grad, *packed_key_grad; /* [Dv][64], [D][64] */
     REAL *dp;                            /* [CHUNK][64] */
     REAL **dkey, **dvalue;               /* [CHUNK] */
+    int64_t *listed;                     /* [CHUNK] places of the rows in the tile's runs, one after the other */
     const REAL **grad_in, **key_grad_in; /* [64] dO, and dk_R where weighted */
 
     /* Rows that are not where and as the caller stored them: widened, padded to pairs, or brought together. */
@@ -145,6 +146,7 @@ static cmb_scratch *take_scratch(cmb_arena *arena, int64_t D, int64_t Dv, int64_
         s.dp = cmb_take(arena, CHUNK * WIDEST, r);
         s.dkey = cmb_take(arena, CHUNK, p);
         s.dvalue = cmb_take(arena, CHUNK, p);
+        s.listed = cmb_take(arena, CHUNK, sizeof(int64_t));
         s.grad_in = cmb_take(arena, WIDEST, p);
         s.key_grad_in = cmb_take(arena, WIDEST, p);
         s.pool_query_grad = cmb_take(arena, n, d * r);
@@ -497,7 +499,7 @@ static void pool_backward(const cmb_head *head, int32_t task, cmb_scratch *w, cm
     const pooled query = pooled_queries(head, w), key = pooled_keys(head, w);
     const pooled query_grad = {head->grad.query, head->grad.region_query, w->pool_query_grad, true, w->own_query_grad};
     const pooled key_grad = {head->grad.key, head->grad.region_key, w->pool_key_grad, false, NULL};
-    if (!cmb_await_all(item))
+    if (item && !cmb_await(item, 0, item->count))
         return;
     if (plan->N) { /* the scratch rows are other tasks' by now */
         pool_from(head, task, head->L + plan->R, !head->query_row, true, w);
@@ -536,6 +538,7 @@ typedef struct {
     bool paired;                /* its rows and queries, and the weights in sums, are multiplied in pairs */
     uint64_t all;               /* lanes that take part at all */
     int32_t run, next;          /* where the gathering stands */
+    int64_t listed;             /* rows of the runs before */
     const uint64_t *had;        /* where it goes on for another tile: masks of rows that this one had attended, */
     int32_t had_first, had_end; /* elements [had_first, had_end) of its run */
     bool masked;                /* of the chunk gathered last: some lane does not see some row */
@@ -662,6 +665,8 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
                 w->lanes[n + i] = mask ? mask[t->next + i] & t->all : t->all;
             for (int i = 0; i < taken && t->next + i < t->had_end; i++)
                 w->lanes[n + i] &= ~had_by(t, t->next + i);
+            for (int i = 0; w->item && i < taken; i++)
+                w->listed[n + i] = t->listed + t->next + i;
             n += taken;
             t->next += taken;
         } else {
@@ -670,6 +675,8 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
                 if (!live(head, x))
                     continue;
                 gather_row(head, t, x, n, w);
+                if (w->item)
+                    w->listed[n] = t->listed + t->next;
                 w->lanes[n++] = (mask ? mask[t->next] & t->all : t->all) & ~had_by(t, t->next);
             }
         }
@@ -677,6 +684,7 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
         bring_together(t, list, head->value, head->Dv, n - from, w->value + from, w->value_row + from * head->Dv, w);
         if (t->next < list.count)
             break;
+        t->listed += list.count;
     }
     t->rows = n;
     return n > 0;
@@ -767,13 +775,18 @@ static const REAL *const *pair_rows(int n, const REAL *const *row, int64_t dim, 
     return list;
 }
 
-/* Weights p[row][lane] in pairs of rows, or of lanes. */
-static const REAL *pair_weights(const tile_state *t, const REAL *p, bool of_rows, cmb_scratch *w) {
-    if (!of_rows)
-        w->half->round(t->rows * w->width, (const float *)p, (uint16_t *)w->pair_weight);
-    for (int i = 0; of_rows && i < t->rows; i += 2)
+/* Weights p[row][lane] in pairs of rows. */
+static const REAL *row_pairs(const tile_state *t, const REAL *p, cmb_scratch *w) {
+    for (int i = 0; i < t->rows; i += 2)
         w->half->pair(w->width, p + i * w->width, i + 1 < t->rows ? p + (i + 1) * w->width : NULL,
                       w->pair_weight + i / 2 * w->width);
+    return w->pair_weight;
+}
+
+/* Those of rows [begin, end) in pairs of lanes. */
+static const REAL *lane_pairs(const REAL *p, int begin, int end, cmb_scratch *w) {
+    w->half->round((end - begin) * w->width, (const float *)p + begin * w->width,
+                   (uint16_t *)w->pair_weight + begin * w->width);
     return w->pair_weight;
 }
 
@@ -819,7 +832,7 @@ static void lane_sums(const tile_state *t, const REAL *p, const REAL *const *row
                       bool exact, cmb_scratch *w) {
     const int rows = elements(t, t->rows);
     if (is_paired(t)) {
-        p = pair_weights(t, p, true, w);
+        p = row_pairs(t, p, w);
         row = pair_rows(t->rows, row, dim, w->pair_row, w->pair_list, w);
     }
     if (exact) {
@@ -861,16 +874,16 @@ static void lane_sums(const tile_state *t, const REAL *p, const REAL *const *row
     }
 }
 
-/* to[row] += sum over lanes of p[row][lane] * lane_row[lane]: rows of lanes, or of pairs of them. */
-static void row_sums(const tile_state *t, const REAL *p, const REAL *const *lane_row, int64_t dim, REAL *const *to,
-                     bool exact, cmb_scratch *w) {
+/* to[row] += sum over lanes of p[row][lane] * lane_row[lane], rows [begin, end): rows of lanes, or of pairs of them. */
+static void row_sums(const tile_state *t, int begin, int end, const REAL *p, const REAL *const *lane_row, int64_t dim,
+                     REAL *const *to, bool exact, cmb_scratch *w) {
     const int step = w->width / each(t);
     const REAL *a[CHUNK];
     if (is_paired(t))
-        p = pair_weights(t, p, false, w);
+        p = lane_pairs(p, begin, end, w);
     if (exact) {
         const REAL *list[WIDEST];
-        for (int i = 0; i < t->rows; i++) {
+        for (int i = begin; i < end; i++) {
             int n = 0;
             for (int lane = 0; lane < t->n; lane += each(t)) {
                 const unsigned seen = (unsigned)(w->lanes[i] >> lane) & ((1u << each(t)) - 1);
@@ -884,18 +897,18 @@ static void row_sums(const tile_state *t, const REAL *p, const REAL *const *lane
         }
         return;
     }
-    const int height = !t->masked || w->width == CMB_GROUP ? t->rows : BLOCK;
-    for (int i = 0; i < t->rows; i += height) {
-        const int end = i + height < t->rows ? i + height : t->rows;
+    const int height = !t->masked || w->width == CMB_GROUP ? end - begin : BLOCK;
+    for (int i = begin, stop; i < end; i = stop) {
+        stop = i + height < end ? i + height : end;
         int from = 0, to_group = w->width / CMB_GROUP;
         if (t->masked)
-            group_window(w, i, end, &from, &to_group);
+            group_window(w, i, stop, &from, &to_group);
         const int lane = from * CMB_GROUP / each(t);
-        const int stop = elements(t, to_group * CMB_GROUP < t->n ? to_group * CMB_GROUP : t->n);
-        for (int r = i; r < end; r++)
+        const int lanes = elements(t, to_group * CMB_GROUP < t->n ? to_group * CMB_GROUP : t->n) - lane;
+        for (int r = i; r < stop; r++)
             a[r - i] = p + r * step + lane;
-        if (stop > lane)
-            product(t, end - i, dim, stop - lane, a, 1, lane_row + lane, to + i, 0, true, w);
+        if (lanes > 0)
+            product(t, stop - i, dim, lanes, a, 1, lane_row + lane, to + i, 0, true, w);
     }
 }
 
@@ -1125,6 +1138,7 @@ static int visible_rows(const tile_state *t, cmb_scratch *w) {
             if (w->backward) {
                 w->dkey[n] = w->dkey[i];
                 w->dvalue[n] = w->dvalue[i];
+                w->listed[n] = w->listed[i];
             }
             n++;
         }
@@ -1189,21 +1203,22 @@ static void tile_forward(const cmb_head *head, int32_t number, int32_t ahead, cm
 /* ---- backward ----------------------------------------------------------------------------------- */
 
 /* The gradient rows of a tile's queries: theirs, and of regions those that earlier tiles have summed up. */
-static bool await_queries(const cmb_head *head, const tile_state *t, const cmb_scratch *w) {
-    for (int lane = 0; w->item && lane < t->n; lane++) {
-        const int32_t x = cmb_list_at(head->plan, t->tile->query, lane);
-        if (!cmb_await(w->item, CMB_QUERY_ROWS, x) || (t->regions && !cmb_await(w->item, CMB_KEY_ROWS, x)))
+static bool await_queries(const cmb_scratch *w) {
+    return !w->item || cmb_await(w->item, w->item->held, w->item->count);
+}
+
+/* Those of the chunk's rows [begin, end). */
+static bool await_rows(int begin, int end, const cmb_scratch *w) {
+    for (int i = begin; w->item && i < end; i++)
+        if (!cmb_await(w->item, w->listed[i], w->listed[i] + 1))
             return false;
-    }
     return true;
 }
 
-/* Those of the chunk's rows. */
-static bool await_rows(const tile_state *t, const cmb_scratch *w) {
-    for (int i = 0; w->item && i < t->rows; i++)
-        if (!cmb_await(w->item, CMB_KEY_ROWS, w->row[i]))
-            return false;
-    return true;
+/* Gives up what the tile has listed up to the chunk's row before `end`. */
+static void pass_rows(int end, const cmb_scratch *w) {
+    if (w->item)
+        cmb_pass(w->item, w->listed[end - 1] + 1);
 }
 
 static inline table_row grad_row(const cmb_head *head, int64_t x) {
@@ -1255,7 +1270,7 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
     tile_state t = begin_tile(head, tile, w);
     w->width = tile->width;
     REAL *lse2 = w->state, *delta = lse2 + WIDEST;
-    if (!t.all || !await_queries(head, &t, w))
+    if (!t.all || !await_queries(w))
         return;
     gather_queries(head, &t, w);
     uint64_t attending = 0;
@@ -1295,13 +1310,16 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
         if (t.dropout)
             drop(&t, w->width, w->s, w);
         lane_sums(&t, w->dp, w->key, head->D, w->lane_out, !finite, w);
-        if (!await_rows(&t, w))
-            return;
-        row_sums(&t, w->s, grad_in, head->Dv, w->dvalue, !finite, w);
-        if (t.weighted)
-            row_sums(&t, w->s, w->key_grad_in, head->D, w->dkey, !finite, w);
-        row_sums(&t, w->dp, query_in, head->D, w->dkey, !finite, w);
-        cmb_pass(w->item, cmb_use(t.run, t.next));
+        for (int i = 0, end; i < t.rows; i = end) { /* of a head that workers share, in as many turns as pay */
+            end = w->item && i + SLICE < t.rows ? i + SLICE : t.rows;
+            if (!await_rows(i, end, w))
+                return;
+            row_sums(&t, i, end, w->s, grad_in, head->Dv, w->dvalue, !finite, w);
+            if (t.weighted)
+                row_sums(&t, i, end, w->s, w->key_grad_in, head->D, w->dkey, !finite, w);
+            row_sums(&t, i, end, w->dp, query_in, head->D, w->dkey, !finite, w);
+            pass_rows(end, w);
+        }
     }
 }
 
@@ -1310,7 +1328,7 @@ static void row_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_sc
     tile_state t = begin_tile(head, tile, w);
     REAL lse2, delta, *query = w->line;
     const REAL *dp = w->dp;
-    if (!t.all || !await_queries(head, &t, w))
+    if (!t.all || !await_queries(w))
         return;
     gather_queries(head, &t, w);
     if (!begin_lane(head, &t, 0, &lse2, &delta, w))
@@ -1323,7 +1341,7 @@ static void row_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_sc
         t.rows = visible_rows(&t, w);
         if (t.rows == 0)
             continue;
-        if (!await_rows(&t, w))
+        if (!await_rows(0, t.rows, w))
             return;
         const REAL *p_at[CHUNK], *ds_at[CHUNK];
         for (int i = 0; i < t.rows; i++) {
@@ -1351,7 +1369,7 @@ static void row_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_sc
             w->kernel->product(t.rows, head->D, 1, p_at, 0, w->key_grad_in, w->dkey, 0, true);
         w->kernel->product(t.rows, head->D, 1, ds_at, 0, w->lane_in, w->dkey, 0, true);
         w->kernel->product(1, head->D, t.rows, &dp, 1, w->key, w->lane_out, 0, true);
-        cmb_pass(w->item, cmb_use(t.run, t.next));
+        pass_rows(t.rows, w);
     }
 }
 

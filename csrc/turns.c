@@ -19,61 +19,57 @@ bool cmb_wait(const atomic_int *through, int32_t turn, cmb_cancel *cancel, int w
     return true;
 }
 
-void cmb_begin_turns(cmb_turns *turns, int64_t blocks) {
-    turns->blocks = blocks;
+void cmb_begin_turns(cmb_turns *turns, int64_t rows) {
+    turns->rows = rows;
     atomic_init(&turns->claimed, 0);
     atomic_init(&turns->entered, 0);
-    for (int64_t n = 0; n < 2 * blocks; n++) {
-        turns->asked[n] = 0;
+    for (int64_t n = 0; n < 2 * rows; n++) {
+        turns->asked[n] = (cmb_asked){0};
         atomic_init(&turns->through[n], 0);
     }
 }
 
-static bool wait_for(cmb_item *item, const atomic_int *value, int32_t wanted) {
-    return cmb_wait(value, wanted, item->cancel, item->worker);
-}
-
 bool cmb_enter(cmb_item *item, int32_t number) {
-    item->count = item->over = 0;
-    return wait_for(item, &item->turns->entered, number);
+    item->number = number;
+    item->count = item->held = item->over = 0;
+    item->repeats = false;
+    return cmb_wait(&item->turns->entered, number, item->cancel, item->worker);
 }
 
 void cmb_entered(cmb_item *item) { atomic_fetch_add_explicit(&item->turns->entered, 1, memory_order_release); }
 
-static int64_t block_of(const cmb_item *item, cmb_row_kind kind, int64_t row) {
-    return (kind == CMB_KEY_ROWS ? item->turns->blocks : 0) + row / CMB_TURN_ROWS;
+void cmb_ask(cmb_item *item, cmb_row_kind kind, int64_t row) {
+    row += kind == CMB_KEY_ROWS ? item->turns->rows : 0;
+    cmb_asked *asked = &item->turns->asked[row];
+    const bool again = asked->item == item->number + 1;
+    item->repeats |= again;
+    item->turn[item->count++] = (cmb_turn){row, again ? -1 : asked->turns};
+    *asked = (cmb_asked){asked->turns + !again, item->number + 1};
 }
 
-void cmb_ask(cmb_item *item, cmb_row_kind kind, int64_t row, int64_t last) {
-    const int64_t block = block_of(item, kind, row);
-    if (item->place[block]) {
-        cmb_turn *before = &item->turn[item->place[block] - 1];
-        before->last = last > before->last ? last : before->last;
-        return;
-    }
-    item->turn[item->count++] = (cmb_turn){block, item->turns->asked[block]++, last};
-    item->place[block] = item->count;
+static bool wait_for(const cmb_item *item, const cmb_turn *turn) {
+    return turn->turn < 0 || cmb_wait(&item->turns->through[turn->row], turn->turn, item->cancel, item->worker);
 }
 
-bool cmb_await(cmb_item *item, cmb_row_kind kind, int64_t row) {
+bool cmb_await(cmb_item *item, int64_t first, int64_t end) {
     if (!item)
         return true;
-    const cmb_turn *turn = &item->turn[item->place[block_of(item, kind, row)] - 1];
-    return wait_for(item, &item->turns->through[turn->block], turn->turn);
-}
-
-bool cmb_await_all(cmb_item *item) {
-    for (int32_t n = 0; item && n < item->count; n++)
-        if (!wait_for(item, &item->turns->through[item->turn[n].block], item->turn[n].turn))
+    if (item->repeats) {
+        first = 0;
+        end = item->count;
+    }
+    for (int64_t n = first; n < end; n++)
+        if (!wait_for(item, &item->turn[n]))
             return false;
     return true;
 }
 
-void cmb_pass(cmb_item *item, int64_t use) {
-    for (; item && item->over < item->count && item->turn[item->over].last < use; item->over++) {
+void cmb_pass(cmb_item *item, int64_t end) {
+    if (!item || (item->repeats && end < item->count))
+        return;
+    for (; item->over < end; item->over++) {
         const cmb_turn *turn = &item->turn[item->over];
-        item->place[turn->block] = 0;
-        if (wait_for(item, &item->turns->through[turn->block], turn->turn)) /* it may not have been needed */
-            atomic_store_explicit(&item->turns->through[turn->block], turn->turn + 1, memory_order_release);
+        if (wait_for(item, turn) && turn->turn >= 0) /* it may not have been needed */
+            atomic_store_explicit(&item->turns->through[turn->row], turn->turn + 1, memory_order_release);
     }
 }

@@ -110,6 +110,23 @@ def test_threads_on_many_tasks(rng, pattern, is_causal):
             assert_same(run(arrays, pattern, is_causal=is_causal), expected)
 
 
+def test_threads_at_rows_listed_twice(rng):
+    """One item of a head that threads share asks for a gradient row more than once, within a chunk and across two."""
+    arrays = draw(rng, L=1500, B=1, Hq=2, Hk=1, D=16, Dv=16)
+    plan = combiner.Plan.from_parts(
+        [[0, i, i // 2, i // 2, *range(max(0, i - 150), i, 3), 0] for i in range(1500)],
+        [[r for r in range(i // 50) for _ in range(1 + r % 2)] for i in range(1500)],
+        [[50 * r, *range(50 * r, 50 * r + 50), 50 * r] for r in range(30)],
+        is_causal=True,
+    )
+    with combiner.num_threads(1):
+        expected = run(arrays, plan, is_causal=True)
+    for threads in (2, 7):
+        with combiner.num_threads(threads):
+            for _ in range(3):
+                assert_same(run(arrays, plan, is_causal=True), expected)
+
+
 @both_directions
 @every_pattern
 def test_one_head_and_one_batch_entry_at_a_time(rng, pattern, is_causal):
