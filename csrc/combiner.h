@@ -332,7 +332,8 @@ typedef struct {
 void cmb_use_scheduler(const cmb_scheduler *scheduler);
 
 /* Instruction sets, lowest first: "base", then "avx2", "avx512", "avx512_bf16" or "neon". The highest the machine has
- * is used unless COMBINER_ISA or this call names another; a name in COMBINER_ISA that the machine lacks is ignored. */
+ * (on Intel's up to avx512) is used unless COMBINER_ISA or this call names another; a name in COMBINER_ISA that the
+ * machine lacks is ignored. */
 int cmb_isa_count(void);             /* those this machine can run */
 const char *cmb_isa_name(int index); /* 0 <= index < cmb_isa_count() */
 const char *cmb_get_isa(void);

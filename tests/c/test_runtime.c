@@ -676,10 +676,15 @@ static void processors(void) {
 
 /* ---- instruction sets --------------------------------------------------------------------------- */
 
-/* Unless something else was set: COMBINER_ISA where the machine has it, else the best. */
+/* Unless something else was set: COMBINER_ISA where the machine has it, else the best, on Intel's without bfloat16. */
 static void isa_follows_environment(void) {
     const char *wanted = getenv("COMBINER_ISA");
     const char *expected = cmb_isa_name(cmb_isa_count() - 1);
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (__builtin_cpu_is("intel") && strcmp(expected, "avx512_bf16") == 0)
+        expected = "avx512";
+#endif
     for (int n = 0; wanted && n < cmb_isa_count(); n++)
         if (strcmp(wanted, cmb_isa_name(n)) == 0)
             expected = wanted;
