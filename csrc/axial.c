@@ -298,7 +298,7 @@ cmb_status cmb_plan_axial(int64_t L, int64_t width, cmb_axial_order order, bool 
 cmb_status cmb_plan_axial_mixture(int64_t L, int64_t width, const cmb_plan_options *options, cmb_plan **plan,
                                   cmb_error *error) {
     *plan = NULL;
-    grid g;
+    grid g = {0};
     cmb_build build;
     cmb_status status = begin_grid(&g, L, width, options, error);
     if (status)

@@ -902,18 +902,21 @@ static void pool_shared(void *context, int64_t index, int worker) {
         run->stage->pool(head, head->plan->wave[run->wave] + (int32_t)t, run->scratch[worker]);
 }
 
+static void ask_for_list(const cmb_plan *plan, cmb_list list, cmb_row_kind kind, cmb_item *item) {
+    if (list.step)
+        cmb_ask(item, kind, list.start, list.step, list.count);
+    for (int32_t n = 0; !list.step && n < list.count; n++)
+        cmb_ask(item, kind, cmb_list_at(plan, list, n), 1, 1);
+}
+
 static void ask_for_tile(const cmb_head *head, const cmb_tile *tile, cmb_item *item) {
     const cmb_plan *plan = head->plan;
     for (int32_t run = tile->run; run < tile[1].run; run++)
-        for (int32_t n = 0; n < plan->run[run].row.count; n++)
-            cmb_ask(item, CMB_KEY_ROWS, cmb_list_at(plan, plan->run[run].row, n));
+        ask_for_list(plan, plan->run[run].row, CMB_KEY_ROWS, item);
     item->held = item->count;
-    for (int32_t n = 0; n < tile->query.count; n++) {
-        const int32_t x = cmb_list_at(plan, tile->query, n);
-        cmb_ask(item, CMB_QUERY_ROWS, x);
-        if (x >= head->L)
-            cmb_ask(item, CMB_KEY_ROWS, x);
-    }
+    ask_for_list(plan, tile->query, CMB_QUERY_ROWS, item);
+    if (cmb_list_at(plan, tile->query, 0) >= head->L)
+        ask_for_list(plan, tile->query, CMB_KEY_ROWS, item);
 }
 
 static void ask_for_pools(const cmb_head *head, int32_t task, cmb_item *item) {
@@ -927,8 +930,8 @@ static void ask_for_pools(const cmb_head *head, int32_t task, cmb_item *item) {
                 x = head->pick[pool->row - head->L];
             if (x >= head->L + plan->R) /* a scratch row, the worker's own */
                 continue;
-            cmb_ask(item, CMB_QUERY_ROWS, x);
-            cmb_ask(item, CMB_KEY_ROWS, x);
+            cmb_ask(item, CMB_QUERY_ROWS, x, 1, 1);
+            cmb_ask(item, CMB_KEY_ROWS, x, 1, 1);
         }
     }
 }

@@ -1209,10 +1209,7 @@ static bool await_queries(const cmb_scratch *w) {
 
 /* Those of the chunk's rows [begin, end). */
 static bool await_rows(int begin, int end, const cmb_scratch *w) {
-    for (int i = begin; w->item && i < end; i++)
-        if (!cmb_await(w->item, w->listed[i], w->listed[i] + 1))
-            return false;
-    return true;
+    return !w->item || cmb_await(w->item, w->listed[begin], w->listed[end - 1] + 1);
 }
 
 /* Gives up what the tile has listed up to the chunk's row before `end`. */

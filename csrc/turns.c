@@ -38,22 +38,27 @@ bool cmb_enter(cmb_item *item, int32_t number) {
 
 void cmb_entered(cmb_item *item) { atomic_fetch_add_explicit(&item->turns->entered, 1, memory_order_release); }
 
-void cmb_ask(cmb_item *item, cmb_row_kind kind, int64_t row) {
+void cmb_ask(cmb_item *item, cmb_row_kind kind, int64_t row, int64_t step, int64_t count) {
+    const int32_t mark = item->number + 1;
     row += kind == CMB_KEY_ROWS ? item->turns->rows : 0;
-    cmb_asked *asked = &item->turns->asked[row];
-    const bool again = asked->item == item->number + 1;
-    item->repeats |= again;
-    item->turn[item->count++] = (cmb_turn){row, again ? -1 : asked->turns};
-    *asked = (cmb_asked){asked->turns + !again, item->number + 1};
+    cmb_turn *turn = item->turn + item->count;
+    item->count += count;
+    for (int64_t n = 0; n < count; n++, row += step) {
+        cmb_asked *asked = &item->turns->asked[row];
+        const bool again = asked->item == mark;
+        item->repeats |= again;
+        turn[n] = (cmb_turn){(uint32_t)row, again ? -1 : asked->turns};
+        *asked = (cmb_asked){asked->turns + !again, mark};
+    }
 }
 
 static bool wait_for(const cmb_item *item, const cmb_turn *turn) {
-    return turn->turn < 0 || cmb_wait(&item->turns->through[turn->row], turn->turn, item->cancel, item->worker);
+    const atomic_int *through = &item->turns->through[turn->row];
+    return turn->turn < 0 || atomic_load_explicit(through, memory_order_acquire) == turn->turn ||
+           cmb_wait(through, turn->turn, item->cancel, item->worker);
 }
 
-bool cmb_await(cmb_item *item, int64_t first, int64_t end) {
-    if (!item)
-        return true;
+bool cmb_await(const cmb_item *item, int64_t first, int64_t end) {
     if (item->repeats) {
         first = 0;
         end = item->count;
@@ -65,7 +70,7 @@ bool cmb_await(cmb_item *item, int64_t first, int64_t end) {
 }
 
 void cmb_pass(cmb_item *item, int64_t end) {
-    if (!item || (item->repeats && end < item->count))
+    if (item->repeats && end < item->count)
         return;
     for (; item->over < end; item->over++) {
         const cmb_turn *turn = &item->turn[item->over];

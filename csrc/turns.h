@@ -33,7 +33,7 @@ typedef struct {
 } cmb_turns;
 
 typedef struct {
-    int64_t row;
+    uint32_t row; /* of both kinds */
     int32_t turn; /* or -1: the row is listed before */
 } cmb_turn;
 
@@ -55,11 +55,10 @@ void cmb_begin_turns(cmb_turns *turns, int64_t rows);
 /* Items enter in the order of their numbers, each between these two. False where the call is cancelled. */
 bool cmb_enter(cmb_item *item, int32_t number);
 void cmb_entered(cmb_item *item);
-/* While entering: lists a row. */
-void cmb_ask(cmb_item *item, cmb_row_kind kind, int64_t row);
-/* Waits for the turns at the rows listed from the first-th to before the end-th. False where the call is cancelled;
- * without an item there is nothing to wait for, or to give up. */
-bool cmb_await(cmb_item *item, int64_t first, int64_t end);
+/* While entering: lists rows row, row + step, .. */
+void cmb_ask(cmb_item *item, cmb_row_kind kind, int64_t row, int64_t step, int64_t count);
+/* Waits for the turns at the rows listed from the first-th to before the end-th. False where the call is cancelled. */
+bool cmb_await(const cmb_item *item, int64_t first, int64_t end);
 /* Gives up the rows listed before the end-th. */
 void cmb_pass(cmb_item *item, int64_t end);
 
