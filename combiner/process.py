@@ -64,8 +64,8 @@ def release_memory() -> None:
 def set_isa(name: str) -> None:
     """Use the kernels of one of ``info()["isas"]``, to test or compare them.
 
-    The default is the highest that this machine has, or what COMBINER_ISA names. Intel's processors take avx512 in place
-    of avx512_bf16, whose products of bfloat16 pairs are slower there than float32's.
+    The default is the highest that this machine has, or what COMBINER_ISA names. Intel's processors take avx512 rather
+    than avx512_bf16, whose products of bfloat16 pairs are slower there than float32's.
 
     Raises
     ------
