@@ -30,6 +30,11 @@
 #define store_part NAME2(store_part, SUFFIX)
 #define interleave_low NAME2(interleave_low, SUFFIX)
 #define interleave_high NAME2(interleave_high, SUFFIX)
+#define longs NAME2(longs, SUFFIX)
+#define words_of_longs NAME2(words_of_longs, SUFFIX)
+#define load_words NAME2(load_words, SUFFIX)
+#define store_words NAME2(store_words, SUFFIX)
+#define product_of_low NAME2(product_of_low, SUFFIX)
 #define K(name) NAME2(name, SUFFIX)
 
 #include "vec.h"
@@ -300,44 +305,56 @@ static bool K(softmax_backward)(int64_t n, REAL *s, REAL *dp, int width, const u
 
 /* ---- dropout ------------------------------------------------------------------------------------ */
 
-/* The four words of Philox4x32-10 (Salmon et al., SC 2011) for one counter and CMB_GROUP others that differ from it in
- * their second word. Plain loops: every compiler makes vectors of them. */
-INLINE void K(philox)(uint32_t first, const uint32_t *second, const cmb_dropout *d, uint32_t x[4][CMB_GROUP]) {
-    uint32_t key[2] = {(uint32_t)d->seed, (uint32_t)(d->seed >> 32)};
-    for (int t = 0; t < CMB_GROUP; t++) {
-        x[0][t] = first;
-        x[1][t] = second[t];
-        x[2][t] = d->head;
-        x[3][t] = d->batch;
-    }
-    for (int round = 0; round < 10; round++) {
-        for (int t = 0; t < CMB_GROUP; t++) {
-            const uint64_t a = UINT64_C(0xD2511F53) * x[0][t], b = UINT64_C(0xCD9E8D57) * x[2][t];
-            const uint32_t one = x[1][t], three = x[3][t];
-            x[0][t] = (uint32_t)(b >> 32) ^ one ^ key[0];
-            x[1][t] = (uint32_t)b;
-            x[2][t] = (uint32_t)(a >> 32) ^ three ^ key[1];
-            x[3][t] = (uint32_t)a;
+/* Philox4x32-10 (Salmon et al., SC 2011) for one counter and CMB_GROUP others that differ from it in their second word:
+ * its four words. While they are made, only the lower half of an element counts; two vectors go together, since one
+ * alone would wait for its products. */
+INLINE void K(philox)(uint32_t first, const uint32_t *second, const cmb_dropout *d, uint32_t word[4][CMB_GROUP]) {
+    enum { TOGETHER = 2, EACH = VECTOR_BYTES / 8 };
+    const longs zero = {0}, factor0 = zero + 0xD2511F53, factor2 = zero + 0xCD9E8D57;
+    for (int at = 0; at < CMB_GROUP; at += TOGETHER * EACH) {
+        longs x[4][TOGETHER];
+        for (int n = 0; n < TOGETHER; n++) {
+            x[0][n] = zero + first;
+            x[1][n] = load_words(second + at + n * EACH);
+            x[2][n] = zero + d->head;
+            x[3][n] = zero + d->batch;
         }
-        key[0] += 0x9E3779B9;
-        key[1] += 0xBB67AE85;
+        uint32_t key[2] = {(uint32_t)d->seed, (uint32_t)(d->seed >> 32)};
+        for (int round = 0; round < 10; round++) {
+            UNROLL
+            for (int n = 0; n < TOGETHER; n++) {
+                const longs a = product_of_low(x[0][n], factor0), b = product_of_low(x[2][n], factor2);
+                x[0][n] = b >> 32 ^ x[1][n] ^ (zero + key[0]);
+                x[1][n] = b;
+                x[2][n] = a >> 32 ^ x[3][n] ^ (zero + key[1]);
+                x[3][n] = a;
+            }
+            key[0] += 0x9E3779B9;
+            key[1] += 0xBB67AE85;
+        }
+        for (int w = 0; w < 4; w++)
+            for (int n = 0; n < TOGETHER; n++)
+                store_words(word[w] + at + n * EACH, x[w][n]);
     }
 }
 
 static void K(dropout)(int64_t n, const uint32_t *row, int width, const uint32_t *query, const cmb_dropout *dropout,
                        REAL *keep) {
     const REAL factor = (REAL)dropout->factor;
+    const size_t lanes = width == 1 ? 1 : CMB_GROUP;
     for (int lane = 0; lane < width; lane += CMB_GROUP) {
-        const int lanes = width - lane < CMB_GROUP ? width - lane : CMB_GROUP;
-        uint32_t second[CMB_GROUP] = {0}, x[4][CMB_GROUP];
-        for (int t = 0; t < lanes; t++)
-            second[t] = query[lane + t];
+        uint32_t second[CMB_GROUP] = {0}, word[4][CMB_GROUP];
+        REAL kept[4][CMB_GROUP];
+        memcpy(second, query + lane, lanes * sizeof *second);
         for (int64_t i = 0; i < n; i++) {
             const uint32_t at = row[i] + dropout->row;
-            if (i == 0 || at / 4 != (row[i - 1] + dropout->row) / 4) /* neighbouring rows share a counter */
-                K(philox)(at / 4, second, dropout, x);
-            for (int t = 0; t < lanes; t++)
-                keep[i * width + lane + t] = x[at % 4][t] >> 8 >= dropout->threshold ? factor : 0;
+            if (i == 0 || at / 4 != (row[i - 1] + dropout->row) / 4) { /* neighbouring rows share a counter */
+                K(philox)(at / 4, second, dropout, word);
+                for (int r = 0; r < 4; r++)
+                    for (int t = 0; t < CMB_GROUP; t++)
+                        kept[r][t] = word[r][t] >> 8 >= dropout->threshold ? factor : 0;
+            }
+            memcpy(keep + i * width + lane, kept[at % 4], lanes * sizeof *keep);
         }
     }
 }

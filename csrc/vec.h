@@ -137,6 +137,27 @@ static inline void store_part(REAL *p, vec x, int n) {
 #endif
 #endif
 
+/* Integers of 64 bits. product_of_low: of the lower halves, whatever the upper ones hold. */
+typedef uint64_t longs __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t words_of_longs __attribute__((vector_size(VECTOR_BYTES / 2), aligned(4), may_alias));
+static inline longs load_words(const uint32_t *p) { return __builtin_convertvector(*(const words_of_longs *)p, longs); }
+static inline void store_words(uint32_t *p, longs x) {
+    *(words_of_longs *)p = __builtin_convertvector(x, words_of_longs);
+}
+#if VECTOR_BYTES == 64
+static inline longs product_of_low(longs a, longs b) { return (longs)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
+#elif VECTOR_BYTES == 32
+static inline longs product_of_low(longs a, longs b) { return (longs)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+#elif defined(__x86_64__)
+static inline longs product_of_low(longs a, longs b) { return (longs)_mm_mul_epu32((__m128i)a, (__m128i)b); }
+#elif defined(__aarch64__)
+static inline longs product_of_low(longs a, longs b) {
+    return (longs)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
+}
+#else
+static inline longs product_of_low(longs a, longs b) { return (a & UINT32_MAX) * (b & UINT32_MAX); }
+#endif
+
 /* low and high halves of a and b, interleaved: a0 b0 a1 b1 ... */
 #if VECTOR_BYTES * 8 / FLOAT_BITS == 2
 static inline vec interleave_low(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 2); }
