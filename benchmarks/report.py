@@ -312,14 +312,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS, help="the JSON (results/bench.json)")
     parser.add_argument("--plot", type=Path, help="the folder for time.png and memory.png (that of the JSON)")
-    parser.add_argument("--readme", action="store_true", help="only the README's table")
+    parser.add_argument("--readme", action="store_true", help="of the tables the README's alone; pictures with --plot")
     args = parser.parse_args()
     results = json.loads(args.results.read_text())
-    if args.readme:
-        print(readme_table(results))
-        return
-    print(tables(results))
-    plot(results, args.plot or args.results.parent)
+    print(readme_table(results) if args.readme else tables(results))
+    if args.plot or not args.readme:
+        plot(results, args.plot or args.results.parent)
 
 
 if __name__ == "__main__":
