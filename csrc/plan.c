@@ -119,12 +119,15 @@ static void find_query_rows(cmb_plan *plan, int32_t *query_row, int32_t *needs) 
 
 /* Into `pick`; first[] takes those of scratch rows too. */
 static void find_picks(cmb_plan *plan, int32_t *pick, int32_t *first) {
+    plan->pick = picks(plan) ? pick : NULL;
+    if (!plan->pick)
+        return;
     memset(first, 0, (size_t)plan->R * sizeof *first);
     for (int32_t n = 0; n < plan->pools; n++) {
         const int32_t child = cmb_list_at(plan, plan->pool[n].child, 0);
         first[plan->pool[n].row - plan->L] = child < plan->L ? child : first[child - plan->L];
     }
-    plan->pick = picks(plan) ? memcpy(pick, first, (size_t)picks(plan) * sizeof *pick) : NULL;
+    memcpy(pick, first, (size_t)plan->R * sizeof *pick);
 }
 
 static bool attends_regions(const cmb_plan *plan) {

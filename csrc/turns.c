@@ -74,7 +74,9 @@ void cmb_pass(cmb_item *item, int64_t end) {
         return;
     for (; item->over < end; item->over++) {
         const cmb_turn *turn = &item->turn[item->over];
-        if (wait_for(item, turn) && turn->turn >= 0) /* it may not have been needed */
+        if (!wait_for(item, turn)) /* it may not have been needed */
+            return;
+        if (turn->turn >= 0)
             atomic_store_explicit(&item->turns->through[turn->row], turn->turn + 1, memory_order_release);
     }
 }
