@@ -49,23 +49,12 @@ static int detect(void) {
         return 2;
     return __get_cpuid_count(7, 1, &more, &b, &c, &d) && more & bf16 ? 4 : 3;
 }
-
-/* The highest, but for bfloat16's dot products on Intel's processors, where one takes the time of four multiply-adds of
- * floats and does the work of two (Emerald Rapids: calls in bfloat16 took 1.4 to 1.7 times as long as with avx512). */
-static int to_choose(int count) {
-    uint32_t a, b, c, d;
-    const bool is_intel = __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx && c == signature_INTEL_ecx &&
-                          d == signature_INTEL_edx;
-    return is_intel && ladder[count - 1] == CMB_ISA_AVX512_BF16 ? count - 2 : count - 1;
-}
 #elif defined(__aarch64__)
 static const cmb_isa ladder[] = {CMB_ISA_BASE, CMB_ISA_NEON};
 static int detect(void) { return 2; }
-static int to_choose(int count) { return count - 1; }
 #else
 static const cmb_isa ladder[] = {CMB_ISA_BASE};
 static int detect(void) { return 1; }
-static int to_choose(int count) { return count - 1; }
 #endif
 
 int cmb_isa_count(void) {
@@ -87,6 +76,19 @@ static int isa_index(const char *name) {
     return -1;
 }
 
+/* The highest, but for bfloat16's dot products on Intel's processors, where one takes the time of four multiply-adds of
+ * floats and does the work of two (Emerald Rapids: calls in bfloat16 took 1.4 to 1.7 times as long as with avx512). */
+static int best(void) {
+    const int highest = cmb_isa_count() - 1;
+#ifdef __x86_64__
+    uint32_t a, b, c, d;
+    if (ladder[highest] == CMB_ISA_AVX512_BF16 && __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx &&
+        c == signature_INTEL_ecx && d == signature_INTEL_edx)
+        return highest - 1;
+#endif
+    return highest;
+}
+
 static atomic_int isa_chosen = -1; /* an index into the ladder; -1: COMBINER_ISA has not been read */
 
 static int isa_chosen_index(void) {
@@ -95,7 +97,7 @@ static int isa_chosen_index(void) {
         return chosen;
     int first = isa_index(getenv("COMBINER_ISA"));
     if (first < 0)
-        first = to_choose(cmb_isa_count());
+        first = best();
     /* where another thread was quicker, cmb_set_isa's choice above all, it stands */
     return atomic_compare_exchange_strong(&isa_chosen, &chosen, first) ? first : chosen;
 }

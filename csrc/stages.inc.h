@@ -1307,7 +1307,7 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
         if (t.dropout)
             drop(&t, w->width, w->s, w);
         lane_sums(&t, w->dp, w->key, head->D, w->lane_out, !finite, w);
-        for (int i = 0, end; i < t.rows; i = end) { /* of a head that workers share, in as many turns as pay */
+        for (int i = 0, end; i < t.rows; i = end) { /* of a shared head a few at a time: others wait for them */
             end = w->item && i + SLICE < t.rows ? i + SLICE : t.rows;
             if (!await_rows(i, end, w))
                 return;

@@ -137,7 +137,8 @@ static inline void store_part(REAL *p, vec x, int n) {
 #endif
 #endif
 
-/* Integers of 64 bits. product_of_low: of the lower halves, whatever the upper ones hold. */
+/* Integers of 64 bits. load_words / store_words: each from, or its lower half to, 32 bits; product_of_low: of the lower
+ * halves, whatever the upper ones hold. */
 typedef uint64_t longs __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t words_of_longs __attribute__((vector_size(VECTOR_BYTES / 2), aligned(4), may_alias));
 static inline longs load_words(const uint32_t *p) { return __builtin_convertvector(*(const words_of_longs *)p, longs); }
