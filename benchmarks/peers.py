@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What others make of the same arrays: dense attention, and Combiner written well in PyTorch and in JAX.
+"""The peers on the same arrays: dense attention, and Combiner written well in PyTorch and in JAX.
 
-Combiner-Fixed, -LogSparse and -Axial "rowmajor", causal, with max pooling, are matrix products over all spans, chunks
-or rows at once and one softmax over direct keys and regions together, for lengths that the span divides (LogSparse:
-powers of two). They are written once, over the few functions whose names differ between the two libraries, and take
-query, key and value `[..., L, D]`. Each peer is an extra that may not be there.
+Combiner-Fixed, -LogSparse and -Axial "rowmajor", causal, with max pooling, are written as matrix products over all
+spans, chunks or rows at once, and one softmax over direct keys and regions together. Lengths are multiples of the span
+(LogSparse: powers of two). Each is written once, with the few functions that the two libraries name differently, and
+takes query, key and value `[..., L, D]`. A peer whose library is not installed is left out.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -28,7 +29,7 @@ Call = Callable[[], Arrays]
 
 @dataclass(frozen=True, kw_only=True)
 class Namespace:
-    """The functions that the two libraries call differently."""
+    """The functions that the two libraries name differently."""
 
     arange: Callable[..., Any]
     where: Callable[..., Any]
@@ -38,7 +39,7 @@ class Namespace:
 
 
 def fixed(xp: Namespace, query: Any, key: Any, value: Any, span: int) -> Any:
-    """Combiner-Fixed: spans `[..., n, s, D]`, whose queries see n regions beside s direct keys."""
+    """Combiner-Fixed: spans `[..., n, s, D]`. A query has s direct keys and n regions, under a mask."""
     *lead, L, D = query.shape
     s, n = span, L // span
     q, k, v = (x.reshape(*lead, n, s, D) for x in (query * D**-0.5, key, value))
@@ -114,7 +115,7 @@ def local_expectations(xp: Namespace, region_query: Any, key: Any, value: Any) -
 
 
 def written(xp: Namespace, case: Case) -> Callable[[Any, Any, Any], Any]:
-    """The case's pattern as a function of query, key and value."""
+    """The function of query, key and value that computes the case's pattern."""
     match case.pattern:
         case Fixed(span=int(span)):
             return lambda query, key, value: fixed(xp, query, key, value, span)
@@ -130,12 +131,13 @@ def torch_call(case: Case, arrays: Arrays, attention: Callable[[Any, Any, Any], 
     import torch
 
     torch.set_num_threads(case.threads)
-    half = case.dtype == "bfloat16"  # torch and NumPy know it by its bits alone
+    half = case.dtype == "bfloat16"  # handed over as the integers of its bits
     bits = (torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if half else torch.from_numpy(x) for x in arrays)
     *tensors, grad_out = bits
 
     def array(tensor: Any) -> np.ndarray:
-        return tensor.view(torch.int16).numpy().view(case.dtype) if half else tensor.numpy()
+        numbers: np.ndarray = tensor.view(torch.int16).numpy().view(case.dtype) if half else tensor.numpy()
+        return numbers
 
     def forward() -> Arrays:
         with torch.no_grad():
@@ -151,7 +153,7 @@ def torch_call(case: Case, arrays: Arrays, attention: Callable[[Any, Any, Any], 
 
 
 def torch_namespace() -> Namespace:
-    """PyTorch's."""
+    """The functions of PyTorch."""
     import torch
 
     return Namespace(
@@ -160,11 +162,15 @@ def torch_namespace() -> Namespace:
 
 
 def sdpa(case: Case, arrays: Arrays) -> Call:
-    """PyTorch's scaled_dot_product_attention, which is dense whatever the pattern is."""
+    """PyTorch's scaled_dot_product_attention: dense, whatever the pattern is."""
     import torch
 
-    attention = torch.nn.functional.scaled_dot_product_attention
-    return torch_call(case, arrays, lambda *tensors: attention(*tensors, is_causal=case.is_causal))
+    attention = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention,
+        is_causal=case.is_causal,
+        enable_gqa=case.key_heads is not None,
+    )
+    return torch_call(case, arrays, attention)
 
 
 def torch_eager(case: Case, arrays: Arrays) -> Call:
@@ -224,17 +230,17 @@ def jax_jit(case: Case, arrays: Arrays) -> Call:
 
 @dataclass(frozen=True)
 class Peer:
-    """Another way to compute a case."""
+    """Another way to compute a case, by a library that may be missing."""
 
     title: str
     make: Callable[[Case, Arrays], Call]
     package: str
-    is_dense: bool = False  # whatever the pattern is; else the same function as ours, which is checked
-    program: str | None = None  # that it needs besides
+    is_dense: bool = False  # computes dense attention; otherwise the same function as ours, which is checked
+    program: str | None = None  # a program that it also needs
 
     @property
     def is_there(self) -> bool:
-        """Whether what it needs is installed."""
+        """Whether the package, and the program, are installed."""
         return bool(importlib.util.find_spec(self.package)) and (
             self.program is None or bool(shutil.which(self.program))
         )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times attention beside its peers on the same arrays in one process, and prints tables.
 
-Rounds alternate, ours, the peers, ours, the peers, so that whatever else the machine does meets all alike. A ratio is
-the median over rounds of a peer's time over ours. Peers that are not installed are left out.
+Rounds alternate: ours, the peers, ours, the peers. So other work on the machine slows all of them alike. A ratio is the
+median over rounds of a peer's time divided by ours. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import heapq
 import importlib.util
 import itertools
-import json
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -30,22 +31,24 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401 - gives NumPy the name bfloat16
 import numpy as np
-from cases import ARITHMETIC, GROWTH, LAWS, LENGTHS, MEMORY, PLANS, PRODUCTS, RATIOS, Case, Growth
+from cases import ARITHMETIC, GROWTH, LAWS, LENGTHS, MEMORY, PLANS, PRODUCTS, RATIOS, SELECTION, Case, Growth
+from decode import QUICK, measure_decode
 from peers import PEERS, Arrays, Call
-from report import RESULTS, plot, slope, tables
+from report import RESULTS, plot, slope, tables, write
 
 import combiner
-from combiner.patterns import _plan
+from combiner.patterns import made_plan
 
-# Between two timings: a library's threads may spin for a while after their work, on the other's time.
+# The pause before each timing: threads of the library timed before may still spin on a processor.
 SETTLE_SECONDS = 0.02
 
-# A timing takes at least this long: as many calls one after the other as that needs.
+# The least time of a timing. A shorter call is repeated until it takes as long.
 LEAST_SECONDS = 0.002
 
-KERNELS = Path(__file__).parent.parent / "build" / "plain" / "test_kernels"
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "build" / "plain" / "test_kernels"
 
-# One thread of the BLAS that NumPy brings, which chooses its own kernels. In a process of its own.
+# One thread of the BLAS that comes with NumPy, in a process of its own.
 SGEMM = """
 import time, numpy
 a, b, out = numpy.random.default_rng(0).standard_normal((3, 1536, 1536), numpy.float32)
@@ -61,30 +64,64 @@ print(2 * 1536**3 / min(times) * 1e-9)
 def inputs(case: Case) -> Arrays:
     """query, key, value and the gradient of out, `[B, H, L, D]` of N(0, 1), the same in every process."""
     rng = np.random.default_rng(0)
-    arrays = [np.empty((case.batch, case.heads, case.length, case.dim), np.float32) for _ in range(4)]
+    key_heads = case.key_heads or case.heads
+    heads = case.heads, key_heads, key_heads, case.heads
+    arrays = [np.empty((case.batch, n, case.length, case.dim), np.float32) for n in heads]
     for array in arrays:
         rng.standard_normal(dtype=np.float32, out=array)
     return [array.astype(case.dtype, copy=False) for array in arrays]
 
 
+def term(name: str, case: Case) -> Any:
+    """A term of the logits, of a size that a model would have."""
+    rng = np.random.default_rng(1)
+    if name == "softcap":
+        return 30.0
+    plan = case.pattern.plan(case.length, case.is_causal)
+    assert isinstance(plan, combiner.Plan)
+    last = {"key_bias": (case.length,), "region_bias": (plan.region_count,), "sink": ()}[name]
+    return rng.standard_normal((case.heads, *last), dtype=np.float32)
+
+
 def ours(case: Case, arrays: Arrays) -> Call:
-    """A call of combiner that returns out and, with the backward, the gradients."""
+    """A call of combiner that returns out and, with the backward, the gradients; or the choice of regions."""
+    if case.with_select:
+        return selecting(case, arrays)
     query, key, value, grad_out = arrays
     pattern = case.pattern
     combiner.set_num_threads(case.threads)
+    options = {"is_causal": case.is_causal} | {name: term(name, case) for name in case.terms}
 
     def forward() -> Arrays:
-        return [combiner.attention(query, key, value, pattern, is_causal=case.is_causal)]
+        return [combiner.attention(query, key, value, pattern, **options)]
 
     def both() -> Arrays:
-        out, saved = combiner.attention_forward(query, key, value, pattern, is_causal=case.is_causal)
+        out, saved = combiner.attention_forward(query, key, value, pattern, **options)
         return [out, *combiner.attention_backward(grad_out, saved)[:3]]
 
-    return both if case.backward else forward
+    def choose() -> Arrays:
+        assert isinstance(pattern, combiner.Selected)
+        block, k = pattern.block, pattern.regions.shape[-1]
+        return [combiner.select(query, key, pattern.pattern, k, block=block, is_causal=case.is_causal)]
+
+    return choose if case.selects else both if case.backward else forward
+
+
+def selecting(case: Case, arrays: Arrays) -> Call:
+    """A call that selects regions, and returns what attention that opens them returns."""
+    choose = ours(dataclasses.replace(case, with_select=False, selects=True), arrays)
+    base = case.pattern
+    assert isinstance(base, combiner.Selected)
+
+    def call() -> Arrays:
+        pattern = combiner.Selected(base.pattern, choose()[0], block=base.block)
+        return ours(dataclasses.replace(case, with_select=False, made=pattern), arrays)()
+
+    return call
 
 
 def one_thread(case: Case, arrays: Arrays) -> Call:
-    """Ours with one thread, as a peer."""
+    """A peer: our call with one thread."""
     call = ours(case, arrays)
 
     def alone() -> Arrays:
@@ -98,22 +135,55 @@ def one_thread(case: Case, arrays: Arrays) -> Call:
 
 
 def in_float32(case: Case, arrays: Arrays) -> Call:
-    """Ours on the same numbers in float32, as a peer."""
+    """A peer: our call on the same numbers in float32."""
     return ours(case, [array.astype(np.float32) for array in arrays])
 
 
-OURS = {"one-thread": one_thread, "float32": in_float32}
+def without_terms(case: Case, arrays: Arrays) -> Call:
+    """A peer: our call without the terms of the logits."""
+    return ours(dataclasses.replace(case, terms=()), arrays)
+
+
+def ungrouped(case: Case, arrays: Arrays) -> Call:
+    """A peer: keys and values are repeated for every query head, and their gradients summed, in each call."""
+    query, key, value, grad_out = arrays
+    group = case.heads // key.shape[1]
+    alone = dataclasses.replace(case, key_heads=None)
+
+    def call() -> Arrays:
+        repeated = [x.repeat(group, axis=1) for x in (key, value)]
+        out, *gradients = ours(alone, [query, *repeated, grad_out])()
+        shared = [x.reshape(*key.shape[:2], group, *x.shape[2:]).sum(2) for x in gradients[1:]]
+        return [out, *gradients[:1], *shared]
+
+    return call
+
+
+def served(case: Case, arrays: Arrays) -> Call:
+    """A peer: the attention that opens as many regions as the case selects."""
+    return ours(dataclasses.replace(case, selects=False), arrays)
+
+
+# Peers that are calls of ours.
+OURS = {
+    "one-thread": one_thread,
+    "float32": in_float32,
+    "without-terms": without_terms,
+    "ungrouped": ungrouped,
+    "attention": served,
+}
+UNLIKE = {"without-terms", "attention"}  # of these, the peers that compute something else than the case
 
 
 def peers(case: Case, arrays: Arrays) -> dict[str, Call]:
-    """The case's peers that are there."""
+    """The case's peers that are installed."""
     made = {name: PEERS[name].make for name in case.peers if name in PEERS and PEERS[name].is_there}
     made |= {name: OURS[name] for name in case.peers if name in OURS}
     return {name: make(case, arrays) for name, make in made.items()}
 
 
 def package_version(name: str) -> str | None:
-    """The version installed, None without one."""
+    """The installed version, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -121,7 +191,7 @@ def package_version(name: str) -> str | None:
 
 
 def seconds(call: Call, count: int = 1) -> float:
-    """How long one of `count` calls takes."""
+    """The mean time of `count` calls."""
     time.sleep(SETTLE_SECONDS)
     start = time.perf_counter()
     for _ in range(count):
@@ -130,7 +200,7 @@ def seconds(call: Call, count: int = 1) -> float:
 
 
 def calls_to_time(call: Call) -> int:
-    """So many that they take LEAST_SECONDS, however long the first takes after a rest."""
+    """The number of calls that takes LEAST_SECONDS. It is a power of two."""
     count = 1
     while seconds(call, count) * count < LEAST_SECONDS:
         count *= 2
@@ -138,40 +208,41 @@ def calls_to_time(call: Call) -> int:
 
 
 def describe(case: Case) -> dict[str, Any]:
-    """The case as JSON can hold it."""
+    """The case, for JSON."""
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
     del fields["made"]
     return {**fields, "pattern": repr(case.pattern), "passes": case.passes}
 
 
 def times_of(rounds: Sequence[float]) -> dict[str, Any]:
-    """The times of every round, and what tables show of them."""
-    return {"median": statistics.median(rounds), "min": min(rounds), "rounds": rounds}
+    """The times of all rounds, for JSON."""
+    return {"median": statistics.median(rounds), "min": min(rounds), "max": max(rounds), "rounds": len(rounds)}
 
 
 def check(case: Case, own: Arrays, peer: str, theirs: Arrays) -> None:
-    """That a peer of the same function gives the same, gradients that sum over 16384 queries included."""
+    """Check that a peer of the same function has the same results. Gradients may sum over 16384 queries."""
     within = 1e-3 if case.dtype == "float32" else 0.1
     for name, a, b in zip(("out", "grad_query", "grad_key", "grad_value"), own, theirs, strict=False):
-        message = f"{case.name}: {name} is not that of {peer}"
+        message = f"{case.name}: {name} differs from that of {peer}"
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         np.testing.assert_allclose(a, b, rtol=within, atol=within, err_msg=message)
 
 
 def is_dense(peer: str) -> bool:
-    """Whether the peer is dense attention, whatever the pattern."""
+    """Whether the peer computes dense attention whatever the pattern is."""
     return peer in PEERS and PEERS[peer].is_dense
 
 
 def together(case: Case) -> object:
-    """Neighbours for which this is equal are timed together: those with dense peers; any other case alone."""
+    """A key: neighbouring cases with equal keys are timed together. They differ in pattern and in whether they select,
+    and all peers are dense."""
     if not case.peers or not all(map(is_dense, case.peers)):
         return case
-    return dataclasses.replace(case, name="", made=combiner.Dense(), target=None, limit=None)
+    return dataclasses.replace(case, name="", made=combiner.Dense(), with_select=False, target=None, limit=None)
 
 
 def time_group(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Each case, the seconds of every round, ours and the peers', the ratios and whether all is as it should be."""
+    """For each case: the times of ours and of the peers, the ratios, and whether targets are met."""
     first = cases[0]
     arrays = inputs(first)
     own = [ours(case, arrays) for case in cases]
@@ -179,28 +250,28 @@ def time_group(cases: Sequence[Case]) -> list[dict[str, Any]]:
     for name, call in others.items():
         theirs = call()
         for case, mine in zip(cases, own, strict=True):
-            if not is_dense(name) or isinstance(case.pattern, combiner.Dense):
+            if name not in UNLIKE and (not is_dense(name) or isinstance(case.pattern, combiner.Dense)):
                 check(case, mine(), name, theirs)
         del theirs
 
     calls = [*own, *others.values()]
     for call in own:
-        call()  # warms up, as the check did the peers
+        call()  # the check has called the peers
     counts = list(map(calls_to_time, calls))
     rounds = [list(map(seconds, calls, counts)) for _ in range(first.rounds)]
-    times = list(zip(*rounds, strict=True))
-    theirs_all = dict(zip(others, times[len(own) :], strict=True))
+    times = [list(each) for each in zip(*rounds, strict=True)]
+    peers_times = dict(zip(others, times[len(own) :], strict=True))
 
     rows = []
-    for case, mine in zip(cases, times, strict=False):
+    for case, own_times in zip(cases, times, strict=False):
         ratios = {
-            name: statistics.median(their / my for their, my in zip(theirs, mine, strict=True))
-            for name, theirs in theirs_all.items()
+            name: statistics.median(their / our for their, our in zip(peer_times, own_times, strict=True))
+            for name, peer_times in peers_times.items()
         }
         row = {
             **describe(case),
-            "ours": times_of(mine),
-            "theirs": {name: times_of(theirs) for name, theirs in theirs_all.items()},
+            "ours": times_of(own_times),
+            "theirs": {name: times_of(peer_times) for name, peer_times in peers_times.items()},
             "ratios": ratios,
             "ratio": min(ratios.values(), default=None),  # to the fastest
         }
@@ -211,7 +282,7 @@ def time_group(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def time_growth(growth: Growth) -> dict[str, Any]:
-    """The rows of its cases, the slope of their medians and the law's own over the same lengths."""
+    """The rows of the cases, the slope of their medians, and the slope of the law over the same lengths."""
     rows = [time_group([case])[0] for case in growth.cases]
     lengths = [case.length for case in growth.cases]
     times = {case.length: row["ours"]["median"] for case, row in zip(growth.cases, rows, strict=True)}
@@ -221,16 +292,16 @@ def time_growth(growth: Growth) -> dict[str, Any]:
         "rows": rows,
         "slope": slope(times),
         "law_slope": slope({length: LAWS[growth.law](length) for length in lengths}),
-        "ratio": ratio,  # of the time of the last length to that of a quarter of it
+        "ratio": ratio,  # the time at the last length divided by the time at a quarter of it
         "limit": growth.limit,
         "met": None if growth.limit is None else ratio <= growth.limit,
     }
 
 
 def resident_bytes(name: str) -> int:
-    """VmRSS or VmHWM: the resident memory of this process, now or at its peak.
+    """VmRSS or VmHWM: the resident memory of this process, at this moment or at its peak.
 
-    Not getrusage's ru_maxrss: that starts from the parent's peak, through fork and exec.
+    getrusage's ru_maxrss will not do: after fork and exec it starts from the parent's peak.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
@@ -239,9 +310,9 @@ def resident_bytes(name: str) -> int:
 
 
 def excess_bytes(case: Case) -> int:
-    """By how much the case's call raises this process's peak memory, less what it returns. For a fresh process.
+    """The bytes by which one call raises this process's peak memory, without its results. For a fresh process.
 
-    The library and its threads are there before; the plan is made in the call and counts.
+    A short call first loads the library and starts its threads. The plan is made in the call, and counts.
     """
     short = dataclasses.replace(case, length=16)
     ours(short, inputs(short))()
@@ -251,19 +322,22 @@ def excess_bytes(case: Case) -> int:
     return resident_bytes("VmHWM") - before - sum(result.nbytes for result in results)
 
 
-def measure_memory(case: Case) -> dict[str, Any]:
-    """The case, its bytes over inputs and outputs and those of its query."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        excess = fresh.submit(excess_bytes, case).result()
+def measure_memory(case: Case, *, in_fresh_process: bool = True) -> dict[str, Any]:
+    """The bytes that a call takes beyond its inputs and outputs, and the bytes of its query."""
+    if in_fresh_process:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            excess = fresh.submit(excess_bytes, case).result()
+    else:
+        excess = excess_bytes(case)
     query = case.batch * case.heads * case.length * case.dim * np.dtype(case.dtype).itemsize
     met = None if case.limit is None else excess <= case.limit * query
     return {**describe(case), "excess_bytes": excess, "query_bytes": query, "met": met}
 
 
 def kernel_gflops() -> dict[str, float]:
-    """By name, of the instruction set in use in float32: the loop of multiply-adds and the products of a tile of 64.
+    """GFLOP/s in float32 on the instruction set in use: of a bare multiply-add loop, of the products of a tile of 64.
 
-    Empty where the C tests have not been built.
+    Empty if the C tests have not been built.
     """
     if not KERNELS.exists():
         return {}
@@ -276,7 +350,7 @@ def kernel_gflops() -> dict[str, float]:
 
 
 def measure_arithmetic(cases: Iterable[Case]) -> list[dict[str, Any]]:
-    """GFLOP/s of one core, the best of each, and their share of the loop of multiply-adds."""
+    """The best GFLOP/s of one core, in products and in whole calls, and their share of the multiply-add loop."""
     cases = list(cases)
     if not cases:
         return []
@@ -285,16 +359,19 @@ def measure_arithmetic(cases: Iterable[Case]) -> list[dict[str, Any]]:
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL")}
     environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"} | threads
     done = subprocess.run([sys.executable, "-c", SGEMM], check=True, capture_output=True, text=True, env=environment)
-    rows = [{"what": name, "gflops": rate, "target": PRODUCTS.get(name)} for name, rate in rates.items()]
+    rows: list[dict[str, Any]] = [
+        {"what": name, "gflops": rate, "target": PRODUCTS.get(name)} for name, rate in rates.items()
+    ]
     rows.append({"what": "NumPy's sgemm, 1536 x 1536 x 1536", "gflops": float(done.stdout), "target": None})
     for case in cases:
         plan = case.pattern.plan(case.length, case.is_causal)
+        assert isinstance(plan, combiner.Plan)
         attended, summarized, computed, *_ = plan._measured()
         flops = plan.flops(case.dim) + (plan.flops(case.dim, backward=True) if case.backward else 0)
         (row,) = time_group([case])
         rate = case.batch * case.heads * flops / row["ours"]["min"] * 1e-9
         what = f"{case.name.removeprefix('arithmetic-')}, L {case.length}, {case.passes}, all included"
-        useful = (attended + summarized) / computed  # the rest are lanes that masks and widths leave idle
+        useful = (attended + summarized) / computed  # the other lanes are idle: masked, or beyond a tile's queries
         rows.append({"what": what, "gflops": rate, "target": case.target, "useful": useful})
     for row in rows:
         row["share"] = row["gflops"] / limit if limit else None
@@ -303,17 +380,19 @@ def measure_arithmetic(cases: Iterable[Case]) -> list[dict[str, Any]]:
 
 
 def plan_bytes(plan: Any) -> int:
-    """The bytes of a plan, or of all in a tuple."""
-    return sum(map(plan_bytes, plan)) if isinstance(plan, tuple) else plan.nbytes
+    """The bytes of a plan, or of all plans of a tuple or a mixture."""
+    if isinstance(plan, combiner.Mixture):
+        plan = plan.patterns
+    return sum(map(plan_bytes, plan)) if isinstance(plan, tuple) else int(plan.nbytes)
 
 
-MANY_THREADS, IN_FLIGHT = 16, 4  # heads that a forward on so many threads has in flight (engine.c), at L = 16384
+MANY_THREADS, IN_FLIGHT = 16, 4  # threads, and the heads that the engine runs side by side on them at L = 16384
 
 
-def balance(plan: Any) -> float:
-    """How busy a forward's threads are on a machine with many, if a pair takes as long as any other.
+def balance(plan: combiner.Plan) -> float:
+    """The share of time in which 16 threads are busy in a forward pass, if every pair takes equally long.
 
-    Counted, not timed: threads take the tasks of each wave from the last on, and wait for each other between waves.
+    It is counted, not timed: threads take the tasks of a wave from the last on, and wait for each other between waves.
     """
     arrays = plan.arrays
     tile, run = arrays["tile"], arrays["run"]
@@ -330,11 +409,11 @@ def balance(plan: Any) -> float:
 
 
 def measure_plan(case: Case) -> dict[str, Any]:
-    """How long the case's plan takes to make, beside a call with it made; its bytes at four times the length."""
+    """The time to make the case's plan, as a share of a call with a plan; the plan's bytes at four times the length."""
     pattern = case.pattern
 
     def build() -> Arrays:
-        _plan.cache_clear()
+        made_plan.clear()
         pattern.plan(case.length, case.is_causal)
         return []
 
@@ -356,15 +435,40 @@ def measure_plan(case: Case) -> dict[str, Any]:
     }
 
 
+def commit() -> str | None:
+    """The commit of the checkout, with "+" if files differ from it; None outside of one."""
+    try:
+        git = functools.partial(subprocess.run, cwd=ROOT, check=True, capture_output=True, text=True)
+        head = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        return head + "+" * bool(git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+MAKERS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
+
+
+def processor() -> dict[str, str]:
+    """The first processor's `maker` and model, as `cpu`."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    said = {name.strip(): text.strip() for name, _, text in (line.partition(":") for line in lines)}
+    architecture = platform.machine()
+    return {
+        "maker": MAKERS.get(said.get("vendor_id", ""), architecture),
+        "cpu": said.get("model name", platform.processor() or architecture),
+    }
+
+
 def machine() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    """What a figure depends on: the machine, the code, the command, the other libraries."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine(),
+        "commit": commit(),
+        "command": shlex.join(["python", *sys.argv]),
+        **processor(),
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],  # what else was running
+        "load": os.getloadavg()[0],  # of other work, before the first timing
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": package_version("torch"),
@@ -374,15 +478,16 @@ def machine() -> dict[str, Any]:
 
 
 def shortened(case: Case) -> Case:
-    """The case at 1/64 of its length, without a target: for a look at whether all runs."""
-    return dataclasses.replace(case, length=max(1, case.length // 64), rounds=2, target=None, limit=None)
+    """The case for --quick: 1/64 of the length, one round, no target, and nothing that takes seconds to compile."""
+    peers = tuple(peer for peer in case.peers if peer != "torch-compiled")
+    return dataclasses.replace(case, length=max(1, case.length // 64), peers=peers, rounds=1, target=None, limit=None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="short lengths, two rounds, no targets: does all run?")
+    parser.add_argument("--quick", action="store_true", help="every case once, at 1/64 of its length: does it run?")
     parser.add_argument("--only", metavar="NAME", default="", help="only the cases whose name contains NAME")
-    parser.add_argument("--out", type=Path, help="where to write the JSON (a full run: results/bench.json beside this)")
+    parser.add_argument("--out", type=Path, help="where to write the JSON (a full run: results/MAKER.json beside this)")
     args = parser.parse_args()
 
     def wanted(cases: Iterable[Case]) -> tuple[Case, ...]:
@@ -405,22 +510,26 @@ def main() -> None:
         dataclasses.replace(growth, cases=wanted(growth.cases), limit=None if args.quick else growth.limit)
         for growth in GROWTH
     )
-    results = {
+    memory = functools.partial(measure_memory, in_fresh_process=not args.quick)
+    results: dict[str, Any] = {
         "machine": machine(),
         "ratios": time_all(RATIOS),
         "lengths": time_all(LENGTHS),
+        "selection": time_all(SELECTION),
         "growth": measure(time_growth, (each for each in growth if each.cases)),
-        "memory": measure(measure_memory, wanted(MEMORY)) if Path("/proc/self/status").exists() else [],
+        "memory": measure(memory, wanted(MEMORY)) if Path("/proc/self/status").exists() else [],
         "arithmetic": measure_arithmetic(wanted(ARITHMETIC)),
         "plans": measure(measure_plan, wanted(PLANS)),
+        "decode": measure_decode(**(QUICK if args.quick else {})) if args.only in "decode" else [],
     }
     print(tables(results))
 
-    out = args.out or (None if args.quick or args.only else RESULTS)
+    of_maker = RESULTS / f"{results['machine']['maker'].lower()}.json"
+    out = args.out or (None if args.quick or args.only else of_maker)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
-        if importlib.util.find_spec("matplotlib"):
+        write(results, out)
+        if not args.only and importlib.util.find_spec("matplotlib"):
             plot(results, out.parent)
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens when: faults and invariances, ours beside PyTorch's scaled_dot_product_attention, as a table.
+"""A table of faults and invariances: what this library does, beside PyTorch's scaled_dot_product_attention.
 
 Each cell is a process of its own with a time limit, so that a hang or a crash is an answer too. Both libraries compute
-the same function, causal dense attention, in float32 with two threads. Exits with 1 when one of ours is not as it
-should be.
+the same function, causal dense attention, in float32 with two threads. The exit status is 1 if a cell of ours is wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from report import table
+from pages import table
 
 FORK_SECONDS = 10.0
 LIMIT_SECONDS = 120.0
@@ -38,7 +37,7 @@ class Library(Protocol):
     def forward(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray: ...
 
     def masked(self, arrays: list[np.ndarray], key_mask: np.ndarray) -> list[np.ndarray]:
-        """out and the gradients of its sum, with the keys of `[L]` key_mask alone."""
+        """out and the gradients of its sum; only keys where `[L]` key_mask is True take part."""
         ...
 
 
@@ -58,8 +57,9 @@ class Combiner:
         return self.combiner.attention(query, key, value, self.combiner.Dense(), is_causal=True)
 
     def masked(self, arrays: list[np.ndarray], key_mask: np.ndarray) -> list[np.ndarray]:
+        query, key, value = arrays
         out, saved = self.combiner.attention_forward(
-            *arrays, self.combiner.Dense(), is_causal=True, key_mask=np.broadcast_to(key_mask, (1, *key_mask.shape))
+            query, key, value, self.combiner.Dense(), is_causal=True, key_mask=key_mask
         )
         return [out, *self.combiner.attention_backward(np.ones_like(out), saved)[:3]]
 
@@ -79,20 +79,21 @@ class Torch:
 
     def forward(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
         with self.torch.no_grad():
-            return self.attention(*map(self.torch.from_numpy, (query, key, value)), is_causal=True).numpy()
+            q, k, v = map(self.torch.from_numpy, (query, key, value))
+            out: np.ndarray = self.attention(q, k, v, is_causal=True).numpy()
+            return out
 
     def masked(self, arrays: list[np.ndarray], key_mask: np.ndarray) -> list[np.ndarray]:
-        leaves = [self.torch.from_numpy(array).requires_grad_() for array in arrays]
-        out = self.attention(
-            *leaves, attn_mask=self.torch.from_numpy(np.tril(np.ones(key_mask.shape * 2, bool)) & key_mask)
-        )
-        out.sum().backward()
-        return [out.detach().numpy(), *(leaf.grad.numpy() for leaf in leaves)]
+        q, k, v = (self.torch.from_numpy(array).requires_grad_() for array in arrays)
+        mask = self.torch.from_numpy(np.tril(np.ones(key_mask.shape * 2, bool)) & key_mask)
+        out = self.attention(q, k, v, attn_mask=mask)
+        gradients = self.torch.autograd.grad(out.sum(), (q, k, v))
+        return [out.detach().numpy(), *(gradient.numpy() for gradient in gradients)]
 
 
 LIBRARIES: dict[str, Callable[[], Library]] = {"combiner": Combiner, "torch": Torch}
 
-Answer = tuple[bool, str]  # whether it is as it should be, and what happened
+Answer = tuple[bool, str]  # whether the library did right, and what happened
 
 
 def arrays(length: int, heads: int = 8, dim: int = 64) -> list[np.ndarray]:
@@ -102,7 +103,7 @@ def arrays(length: int, heads: int = 8, dim: int = 64) -> list[np.ndarray]:
 
 
 def fork(library: Library) -> Answer:
-    """a process forks after its first call, and the child calls"""
+    """a process forks after its first call, and its child calls"""
     qkv = arrays(1024)
     expected = library.forward(*qkv)
     start = time.perf_counter()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C library, as Python sees it: private, but for the attributes of Plan."""
 
-from typing import Any, Self
+from typing import Any, Final, Self, final
 
 import numpy.typing as npt
+from _typeshed import structseq
 from typing_extensions import disjoint_base
 
 _Array = npt.NDArray[Any]
@@ -12,6 +13,33 @@ _Lists = tuple[npt.ArrayLike, npt.ArrayLike]
 VERSION: str
 COMPILER: str
 NUMPY: str
+
+@final
+class Decoder:
+    def __new__(
+        cls,
+        pattern: tuple[int, int, int, int, bool, bool, bool, int, int, bool],
+        query: _Array,
+        key: _Array,
+        value: _Array,
+        scale: float | None,
+        softcap: float | None,
+        rollback: int,
+        select: int,
+        key_bias: _Array | None,
+        sink: _Array | None,
+        /,
+    ) -> Self: ...
+    def step(
+        self, query: _Array, key: _Array, value: _Array, lengths: _Array | None, key_bias: _Array | None, /
+    ) -> _Array: ...
+    def rollback(self, n: _Array, /) -> None: ...
+    def __deepcopy__(self, memo: object, /) -> Self: ...
+    def take(self, chosen: _Array, /) -> Self: ...
+    @property
+    def lengths(self) -> npt.NDArray[Any]: ...
+    @property
+    def nbytes(self) -> int: ...
 
 @disjoint_base
 class Plan:
@@ -34,12 +62,22 @@ class Plan:
     @property
     def _pooling(self) -> int: ...
     @classmethod
-    def _build(
+    def _dense(cls, length: int, is_causal: bool, sparse: bool, pooling: int, size_bias: bool, /) -> Self: ...
+    @classmethod
+    def _fixed(
+        cls, length: int, span: int, window: int, is_causal: bool, sparse: bool, pooling: int, size_bias: bool, /
+    ) -> Self: ...
+    @classmethod
+    def _logsparse(
+        cls, length: int, hierarchical: bool, is_causal: bool, sparse: bool, pooling: int, size_bias: bool, /
+    ) -> Self: ...
+    @classmethod
+    def _axial(
         cls,
-        name: str,
         length: int,
-        first: int,
-        second: int,
+        width: int,
+        order: int,
+        weighted: bool,
         is_causal: bool,
         sparse: bool,
         pooling: int,
@@ -47,8 +85,28 @@ class Plan:
         /,
     ) -> Self: ...
     @classmethod
+    def _axial_mixture(
+        cls, length: int, width: int, is_causal: bool, sparse: bool, pooling: int, size_bias: bool, /
+    ) -> Self: ...
+    @classmethod
+    def _tree(
+        cls, length: int, branching: int, levels: int, is_causal: bool, sparse: bool, pooling: int, size_bias: bool, /
+    ) -> Self: ...
+    @classmethod
     def _routing(
         cls, clusters: npt.ArrayLike, is_causal: bool, sparse: bool, pooling: int, size_bias: bool, /
+    ) -> Self: ...
+    @classmethod
+    def _window(
+        cls, length: int, size: int, is_causal: bool, sparse: bool, pooling: int, size_bias: bool, /
+    ) -> Self: ...
+    @classmethod
+    def _selected(
+        cls, base: Plan, regions: npt.ArrayLike, count: int, block: int, open: bool, rest: bool, /
+    ) -> Self: ...
+    @classmethod
+    def _heavily_compressed(
+        cls, length: int, rate: int, window: int, is_causal: bool, sparse: bool, pooling: int, size_bias: bool, /
     ) -> Self: ...
     @classmethod
     def _from_parts(
@@ -84,81 +142,130 @@ class Plan:
     ) -> Self: ...
     def _measure(self) -> tuple[int, int, int, bool, bool]: ...
 
-def check(
-    stages: int,
+_Dropout = tuple[float, int]
+
+@final
+class Results(structseq[Any], tuple[Any, Any, Any, Any, Any, Any, Any, Any]):
+    __match_args__: Final = (
+        "out",
+        "lse",
+        "softmax",
+        "summary_key",
+        "summary_value",
+        "summary_lse",
+        "summary_softmax",
+        "summary_bias",
+        "component_out",
+    )
+
+    @property
+    def out(self) -> Any: ...
+    @property
+    def lse(self) -> Any: ...
+    @property
+    def softmax(self) -> Any: ...
+    @property
+    def summary_key(self) -> Any: ...
+    @property
+    def summary_value(self) -> Any: ...
+    @property
+    def summary_lse(self) -> Any: ...
+    @property
+    def summary_softmax(self) -> Any: ...
+    @property
+    def summary_bias(self) -> Any: ...
+    @property
+    def component_out(self) -> Any: ...
+
+@final
+class Problem:
+    def __new__(
+        cls,
+        stages: int,
+        query: _Array,
+        key: _Array,
+        value: _Array,
+        plan: Any,
+        is_causal: bool = False,
+        scale: float | None = None,
+        key_mask: _Array | None = None,
+        cu_seqlens: _Array | None = None,
+        region_query: _Array | None = None,
+        region_key: _Array | None = None,
+        region_value: _Array | None = None,
+        dropout: _Dropout | None = None,
+        softcap: float | None = None,
+        key_bias: _Array | None = None,
+        region_bias: _Array | None = None,
+        sink: _Array | None = None,
+        is_mixture: bool = False,
+        offset: int | None = None,
+    ) -> Self: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def query(self) -> _Array: ...
+    @property
+    def key(self) -> _Array: ...
+    @property
+    def value(self) -> _Array: ...
+    @property
+    def plan(self) -> Any: ...  # Plan or a tuple of them; of a mixture a tuple of those
+    @property
+    def is_mixture(self) -> bool: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def key_mask(self) -> _Array | None: ...
+    @property
+    def cu_seqlens(self) -> _Array | None: ...
+    @property
+    def region_query(self) -> _Array | None: ...
+    @property
+    def region_key(self) -> _Array | None: ...
+    @property
+    def region_value(self) -> _Array | None: ...
+    @property
+    def dropout(self) -> _Dropout | None: ...
+    @property
+    def softcap(self) -> float | None: ...
+    @property
+    def key_bias(self) -> _Array | None: ...
+    @property
+    def region_bias(self) -> _Array | None: ...
+    @property
+    def sink(self) -> _Array | None: ...
+    @property
+    def offset(self) -> int | None: ...
+    @property
+    def region_count(self) -> int: ...
+    def forward(self, out: _Array | None = None, wants_lse: bool = True, keep: int = 0) -> Results: ...
+    def summarize(self) -> Results: ...
+    def backward(
+        self,
+        results: Results,
+        grad_out: _Array | None = None,
+        grad_lse: _Array | None = None,
+        grad_summary_key: _Array | None = None,
+        grad_summary_value: _Array | None = None,
+        grad_summary_bias: _Array | None = None,
+    ) -> tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any]: ...
+    def workspace_bytes(self, backward: bool = False) -> int: ...
+
+def select(
     query: _Array,
     key: _Array,
-    value: _Array,
-    pattern: object,
+    region_key: _Array,
+    plan: Plan | tuple[Plan, ...] | None,
     is_causal: bool,
     scale: float | None,
     key_mask: _Array | None,
-    cu_seqlens: _Array | None,
-    region_query: _Array | None,
-    region_key: _Array | None,
-    dropout: tuple[float, int, _Array | None] | None,
-    region_value: _Array | None,
+    block: int,
+    k: int,
+    score: int,
+    by_first_query: bool,
     /,
-) -> tuple[Plan | tuple[Plan, ...], float, int]: ...
-def forward(
-    stages: int,
-    query: _Array,
-    key: _Array,
-    value: _Array,
-    pattern: object,
-    is_causal: bool,
-    scale: float | None,
-    key_mask: _Array | None,
-    cu_seqlens: _Array | None,
-    region_query: _Array | None,
-    region_key: _Array | None,
-    dropout: tuple[float, int, _Array | None] | None,
-    region_value: _Array | None,
-    out: _Array | None,
-    adds: bool,
-    for_backward: bool,
-    /,
-) -> tuple[Any, Any, Any, Any, Any, Plan | tuple[Plan, ...], float]: ...
-def workspace_bytes(
-    query: _Array,
-    key: _Array,
-    value: _Array,
-    pattern: object,
-    is_causal: bool,
-    scale: float | None,
-    key_mask: _Array | None,
-    cu_seqlens: _Array | None,
-    region_query: _Array | None,
-    region_key: _Array | None,
-    dropout: tuple[float, int, _Array | None] | None,
-    adds: bool,
-    backward: bool,
-    /,
-) -> int: ...
-def backward(
-    stages: int,
-    query: _Array,
-    key: _Array,
-    value: _Array,
-    plan: Plan | tuple[Plan, ...],
-    scale: float,
-    key_mask: _Array | None,
-    cu_seqlens: _Array | None,
-    region_query: _Array | None,
-    region_key: _Array | None,
-    dropout: tuple[float, int, _Array | None] | None,
-    summary_key: _Array | None,
-    summary_value: _Array,
-    summary_lse: _Array | None,
-    out: _Array | None,
-    lse: _Array | None,
-    grad_out: _Array | None,
-    grad_lse: _Array | None,
-    grad_summary_key: _Array | None,
-    grad_summary_value: _Array | None,
-    sums: tuple[_Array, _Array, _Array] | None,
-    /,
-) -> tuple[_Array, _Array, _Array, Any, Any, Any, Any]: ...
+) -> _Array: ...
 def cluster(x: _Array, n: int, iterations: int, seed: int, balanced: bool, centroids: bool, /) -> _Array: ...
 def assign(x: _Array, centroids: _Array, balanced: bool, /) -> _Array: ...
 def update_centroids(centroids: _Array, x: _Array, clusters: _Array, decay: float, /) -> _Array: ...

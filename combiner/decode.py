@@ -1,600 +1,379 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal attention one token after the other.
-
-What a query of Dense, Fixed, LogSparse or Tree attends is a stack of rows in the order of positions: the nodes of a
-tree that are complete, the largest first, then the keys of the node at hand. A position pushes its row; the rows of a
-node that it completes give way to the node's summary, and so on up the tree. The sparse baselines leave a node's last
-row in its place, or nothing; flat LogSparse summarizes the node's positions, which it keeps, rather than its children.
-
-Axial's positions lie in a grid, row by row. What a query attends beside its own row lies column by column: its
-column's keys and the summaries that earlier rows left there, or the summaries of all the columns.
-
-Heads are split into `[..., Hk, G, rows, features]`, G query heads to a key head, so that summaries, which are of query
-heads, are keys and values like all others.
-"""
+"""Causal attention of a sequence that grows (csrc/decode/decoder.h says how)."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
-from .functional import Summary, attend, summarize
-from .interchange import any_library
-from .patterns import AnyPattern, Axial, AxialMixture, Dense, Factorization, Fixed, LogSparse, Sparse, Tree
-from .plan import REAL_ARRAY, Array, Plan
+from . import _core
+from .arguments import REAL_ARRAY, Array, as_integer, as_integers, as_number, as_softcap, choice_number
+from .composed import AnyPattern
+from .foreign_names import explains_foreign_names
+from .interchange import any_library, to_numpy
+from .patterns import (
+    ORDERS,
+    Axial,
+    AxialMixture,
+    Dense,
+    Factorization,
+    Fixed,
+    HeavilyCompressed,
+    LogSparse,
+    Sparse,
+    Tree,
+    Window,
+    makes_plans,
+    no_pattern,
+)
+from .plan import POOLINGS, Plan
+from .problem import is_turned, turn
+from .signatures import Layout
 
-_LONGEST = 1 << 30  # positions of a sequence
-_LARGE = 1024  # rows: to attend more takes longer than to make a plan, which is not kept then
+__all__ = ["Decoder"]
 
+_LONGEST = 1 << 30  # positions of a sequence at most, as in combiner.h
 
-class _Nodes(NamedTuple):
-    """How a pattern's positions become nodes."""
-
-    branching: int  # children of a node
-    levels: int | None  # of nodes; without an end if None
-    # What a complete node leaves: the summary of its children, or of its positions, or its last row.
-    left: Literal["children", "positions", "last", "nothing"]
-
-    def can_grow(self, level: int) -> bool:
-        """Whether nodes of this level, positions of level 0, become parts of others."""
-        return self.levels is None or level < self.levels
-
-    def size(self, level: int) -> int:
-        """The positions of a node."""
-        return int(self.branching**level)
-
-    def seen(self, length: int) -> list[tuple[int, int, int]]:
-        """The stack of the position after the first `length`: (level, first node, end), the highest level first."""
-        found = []
-        level, end = 0, length
-        while end and self.can_grow(level):
-            above = end // self.branching
-            found.append((level, above * self.branching, end))
-            level, end = level + 1, above
-        found.append((level, 0, end))
-        return [part for part in reversed(found) if part[1] < part[2]]
+# kind, size, window, levels, is_hierarchical, is_sparse, size_bias, pooling, order, is_weighted: cmb_pattern of
+# csrc/combiner.h
+_Pattern = tuple[int, int, int, int, bool, bool, bool, int, int, bool]
 
 
-class _Columns(NamedTuple):
-    """How a pattern's positions lie in a grid."""
-
-    width: int
-    # What a complete row leaves in the columns: its keys alone, or what the order of this name attends.
-    left: Literal["keys", "vertical", "horizontal", "rowmajor"]
-
-
-def _layout(pattern: object) -> _Nodes | _Columns:
-    """How the pattern sees the past.
+def _as_core(pattern: object) -> _Pattern:
+    """The pattern as the C library takes it.
 
     Raises
     ------
-    ValueError : a pattern that depends on the length, or has no such layout.
-    TypeError : no pattern.
+    ValueError : a pattern whose sizes depend on the length, or that cannot be continued.
+    TypeError : an object that is no pattern.
     """
     is_sparse = isinstance(pattern, Sparse)
-    match pattern.pattern if isinstance(pattern, Sparse) else pattern:
+    whole = pattern.pattern if isinstance(pattern, Sparse) else pattern
+    kind, size, window, levels, is_hierarchical, order, is_weighted = 0, 0, 0, 0, False, 0, False
+    match whole:
         case Dense():
-            return _Nodes(2, 0, "nothing")
+            pass
         case Fixed(span=None):
             raise ValueError(f"pattern must have a span, the default depends on the length, got {pattern!r}")
         case Axial(width=None):
             raise ValueError(f"pattern must have a width, the default depends on the length, got {pattern!r}")
-        case Fixed(span=int(span)):
-            return _Nodes(span, 1, "last" if is_sparse else "children")
-        case LogSparse(hierarchical=hierarchical):
-            return _Nodes(2, None, "last" if is_sparse else "children" if hierarchical else "positions")
-        case Tree(branching=branching, levels=levels):
-            return _Nodes(branching, 1, "nothing") if is_sparse else _Nodes(branching, levels, "children")
-        case Axial(width=int(width), order=order):
-            return _Columns(min(width, _LONGEST), "keys" if is_sparse else order)
-        case AxialMixture(width=int(width)) if is_sparse:
-            return _Columns(min(width, _LONGEST), "keys")
+        case Fixed(span=int(size), window=window):
+            kind = 1
+        case LogSparse(hierarchical=is_hierarchical):
+            kind = 2
+        case Tree(branching=size, levels=given):
+            kind, levels = 3, given or 0
+        case Window(size=size):
+            kind = 4
+        case HeavilyCompressed(rate=size, window=window):
+            kind = 5
+        case Axial(width=int(size), order=name, row_key=row_key):
+            kind, order, is_weighted = 6, ORDERS.index(name), row_key == "weighted"
+        case AxialMixture(width=int(size)) if is_sparse:
+            kind = 6
         case Plan() | tuple():
             raise ValueError(f"pattern must be of any length, got a {type(pattern).__name__}")
-    if not isinstance(pattern, type) and callable(getattr(pattern, "plan", None)):
-        raise ValueError(f"pattern must be Dense, Fixed, LogSparse, Tree or Axial, got {pattern!r}")
-    kind = pattern.__name__ if isinstance(pattern, type) else type(pattern).__name__
-    raise TypeError(f"pattern must be a pattern such as combiner.Fixed(64), got {kind}")
+        case _ if makes_plans(pattern):
+            raise ValueError(
+                f"pattern must be Dense, Fixed, LogSparse, Tree, Axial or Window, or HeavilyCompressed, got {pattern!r}"
+            )
+        case _:
+            raise no_pattern(pattern, "a pattern such as combiner.Fixed(64)")
+    size, window, levels = (min(n, _LONGEST) for n in (size, window, levels))
+    pooling = choice_number("pooling", whole.pooling, POOLINGS[:3])
+    return kind, size, window, levels, is_hierarchical, is_sparse, whole.size_bias, pooling, order, is_weighted
 
 
-class _Rows:
-    """Rows of `[..., rows, features]` that come and go at the end, in memory that grows by half and more."""
-
-    __slots__ = ("_buffer", "count")
-
-    def __init__(self, lead: tuple[int, ...], features: int, dtype: np.dtype[Any]) -> None:
-        self._buffer: Array = np.empty((*lead, 0, features), dtype)
-        self.count = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self._buffer.nbytes
-
-    def rows(self, first: int, end: int) -> Array:
-        return self._buffer[..., first:end, :]
-
-    def push(self, rows: Array) -> None:
-        first, self.count = self.count, self.count + rows.shape[-2]
-        *lead, capacity, features = self._buffer.shape
-        if self.count > capacity:
-            grown = np.empty((*lead, max(self.count, capacity + capacity // 2, 16), features), self._buffer.dtype)
-            grown[..., :first, :] = self._buffer[..., :first, :]
-            self._buffer = grown
-        self._buffer[..., first : self.count, :] = rows
-
-    def pop(self, count: int) -> None:
-        self.count -= count
-
-
-class _Table:
-    """Queries, keys and values by row; no queries where nothing is summarized."""
-
-    def __init__(self, query: _Rows | None, key: _Rows, value: _Rows) -> None:
-        self.query, self.key, self.value = query, key, value
-
-    @property
-    def count(self) -> int:
-        return self.key.count
-
-    @property
-    def nbytes(self) -> int:
-        return (self.query.nbytes if self.query else 0) + self.key.nbytes + self.value.nbytes
-
-    def push(self, query: Array | None, key: Array, value: Array) -> None:
-        if self.query:
-            self.query.push(key if query is None else query)  # None: nothing will read it
-        self.key.push(key)
-        self.value.push(value)
-
-    def rows(self, first: int, end: int) -> tuple[Array, Array, Array]:
-        """Rows [first, end) of each; without queries the keys stand in for them."""
-        return (self.query or self.key).rows(first, end), self.key.rows(first, end), self.value.rows(first, end)
-
-    def all(self) -> tuple[Array, Array, Array]:
-        """Every row."""
-        return self.rows(0, self.count)
-
-    @property
-    def heads(self) -> tuple[int, int]:
-        """G of keys and of values."""
-        return self.key.rows(0, 0).shape[-3], self.value.rows(0, 0).shape[-3]
-
-    def pop(self, count: int) -> None:
-        if self.query:
-            self.query.pop(count)
-        self.key.pop(count)
-        self.value.pop(count)
-
-
-class _Sizes(NamedTuple):
-    """Of the arrays, split."""
-
-    lead: tuple[int, ...]  # Hk the last
-    group: int
-    D: int
-    Dv: int
-    dtype: np.dtype[Any]
-
-    def rows(self, heads: int, features: int, *columns: int) -> _Rows:
-        return _Rows((*self.lead, *columns, heads), features, self.dtype)
-
-    def table(self, value_heads: int, *columns: int, has_query: bool = False, key_heads: int = 1) -> _Table:
-        query = self.rows(self.group, self.D, *columns) if has_query else None
-        return _Table(query, self.rows(key_heads, self.D, *columns), self.rows(value_heads, self.Dv, *columns))
-
-
-class _Past(Protocol):
-    """What later queries attend, and what they will."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-
-    def room(self) -> int:
-        """Tokens that `attend` takes at once, now."""
-
-    def attend(self, query: Array, key: Array, value: Array, out: Array) -> None:
-        """Each query attends the past and, of the keys given, those up to its own; then all join the past."""
-
-    def fill(self, query: Array, key: Array, value: Array, summary: Summary) -> None:
-        """The first tokens, one at least, with the pattern's summary of them."""
-
-
-class _Stack:
-    """Rows in the order of positions: nodes, the largest first, then the keys of the node at hand."""
-
-    def __init__(self, nodes: _Nodes, pattern: Any, scale: float | None, sizes: _Sizes) -> None:
-        self._nodes, self._pattern, self._scale = nodes, pattern, scale
-        self._size_bias = nodes.left in ("children", "positions") and pattern.size_bias
-        value_heads = sizes.group if nodes.left in ("children", "positions") else 1  # summaries differ in a group
-        self._rows = sizes.table(value_heads, has_query=nodes.left == "children")
-        self._positions = sizes.table(1, has_query=True) if nodes.left == "positions" else None
-        self._length = 0
-        self._counts: list[int] = [0]  # rows by level
-
-    @property
-    def nbytes(self) -> int:
-        return self._rows.nbytes + (self._positions.nbytes if self._positions else 0)
-
-    def room(self) -> int:
-        return self._nodes.branching - self._counts[0] if self._nodes.can_grow(0) else _LONGEST
-
-    def attend(self, query: Array, key: Array, value: Array, out: Array) -> None:
-        _, region_key, region_value = self._rows.all()
-        below = self._rows.count
-        counts = tuple(self._counts) if self._size_bias else (below,)
-        is_kept = below <= _LARGE and self._nodes.can_grow(0)  # others do not come again
-        make = _stack_plan if is_kept else _stack_plan.__wrapped__
-        plan = make(query.shape[-2], counts, self._nodes.branching)
-        region_value = _spread(region_value, query.shape[-3])
-        attend(query, key, value, region_key, region_value, plan, scale=self._scale, out=out)
-        self._push(query, key, value)
-
-    def _push(self, query: Array, key: Array, value: Array) -> None:
-        """Up to the end of a node at most; nodes that are complete give way to what is left of them."""
-        self._rows.push(query, key, value)
-        if self._positions:
-            self._positions.push(query, key, value)
-        self._length += query.shape[-2]
-        self._counts[0] += query.shape[-2]
-        level = 0
-        while self._nodes.can_grow(level) and self._counts[level] == self._nodes.branching:
-            self._complete(level + 1)
-            level += 1
-
-    def _complete(self, level: int) -> None:
-        """The rows of a node's children, which end the stack, become one of `level`, or none."""
-        nodes, rows = self._nodes, self._rows
-        if level == len(self._counts):
-            self._counts.append(0)
-        end = rows.count
-        first = end - nodes.branching
-        self._counts[level - 1] = 0
-        if nodes.left == "nothing":
-            rows.pop(nodes.branching)
-            return
-        self._counts[level] += 1
-        query = None
-        if nodes.left == "last":
-            _, key, value = rows.rows(end - 1, end)
-        elif self._positions:
-            positions = self._length - nodes.size(level), self._length
-            key, value, query = self._summarize(self._positions, *positions, False)
-        else:
-            key, value, query = self._summarize(rows, first, end, nodes.can_grow(level))
-        rows.pop(nodes.branching)
-        rows.push(query, key, value)
-
-    def _summarize(self, table: _Table, first: int, end: int, needs_query: bool) -> tuple[Array, Array, Array | None]:
-        """k_R, h_R and, if needed, q_R of one region whose members are these rows."""
-        query, key, value = table.rows(first, end)
-        plan = _region_plan(end - first, self._pattern.pooling)
-        summary = summarize(query, _spread(key, value.shape[-3]), value, plan, scale=self._scale)
-        # The key of a summary is pooled: of queries it is the region's query.
-        pooled = summarize(query, query, query[..., :1], plan).key if needs_query else None
-        return summary.key[..., :1, :, :], summary.value, pooled
-
-    def fill(self, query: Array, key: Array, value: Array, summary: Summary) -> None:
-        nodes, last = self._nodes, query.shape[-2] - 1
-        # What the last query attends is in the summary; then its position comes as in a step.
-        parts = nodes.seen(last)
-        queries = None
-        if nodes.left == "children" and nodes.can_grow(1):
-            queries = summarize(query, query, query[..., :1], self._pattern, is_causal=True).key
-        region, level_first = 0, [0]  # of each level's node 0: levels follow one another
-        for level in range(1, parts[0][0] + 1 if parts else 1):
-            level_first.append(region)
-            region += -(-(last + 1) // nodes.size(level))
-        self._counts = [0] * len(level_first)
-        for level, first, end in parts:
-            if level and nodes.left == "nothing":
-                continue
-            self._counts[level] = end - first
-            size = nodes.size(level)
-            if level == 0 or nodes.left == "last":
-                rows = slice((first + 1) * size - 1, end * size, size)
-                self._rows.push(query[..., rows, :], key[..., rows, :], value[..., rows, :])
-            else:
-                rows = slice(level_first[level] + first, level_first[level] + end)
-                pooled = None if queries is None else queries[..., rows, :]
-                self._rows.push(pooled, summary.key[..., rows, :], summary.value[..., rows, :])
-        self._length = last
-        if self._positions:
-            self._positions.push(query[..., :last, :], key[..., :last, :], value[..., :last, :])
-        self._push(query[..., last:, :], key[..., last:, :], value[..., last:, :])
-
-
-class _Grid:
-    """The row at hand, and what earlier rows left in the columns.
-
-    A column keeps, of each row that is complete, its key, a summary, or both in turn. In the vertical order it keeps
-    the query and the key, and all columns are summarized whenever a row is complete, for the queries of the next one.
-    """
-
-    def __init__(self, columns: _Columns, pattern: Any, scale: float | None, sizes: _Sizes) -> None:
-        self._m, self._left = columns
-        self._pattern, self._scale = pattern, scale
-        self._size_bias = self._left != "keys" and pattern.size_bias
-        is_vertical = self._left == "vertical"
-        self._has_summaries = self._left in ("horizontal", "rowmajor")
-        is_weighted = self._has_summaries and pattern.row_key == "weighted"
-        self._row = sizes.table(1, has_query=True)
-        self._columns = sizes.table(
-            sizes.group if self._has_summaries else 1,
-            self._m,
-            has_query=is_vertical,
-            key_heads=sizes.group if is_weighted else 1,
-        )
-        # Vertical: the columns' summaries, but of the first row, and the row at hand.
-        self._across = sizes.table(sizes.group) if is_vertical else None
-        self._length = 0
-
-    @property
-    def nbytes(self) -> int:
-        return sum(table.nbytes for table in (self._row, self._columns, self._across) if table)
-
-    def room(self) -> int:
-        return 1
-
-    def attend(self, query: Array, key: Array, value: Array, out: Array) -> None:
-        r, c = divmod(self._length, self._m)
-        column_key, column_value = (x[..., c, :, :, :] for x in self._columns.all()[1:])
-        count = column_key.shape[-2]
-        self._row.push(query, key, value)
-        if self._across:  # the column is positions, what lies across it regions, but for its own summary
-            positions = np.concatenate([column_key, key], axis=-2), np.concatenate([column_value, value], axis=-2)
-            regions = self._across.all()[1:]
-            sizes = np.repeat((r, 1), (self._across.count - c, c))
-            lists = [(0, c), (c + 1, len(sizes))] if r else [(0, c)]
-        else:  # the row is positions, the column regions
-            positions = self._row.all()[1:]
-            regions = column_key, _spread(column_value, query.shape[-3])
-            of_row = {"keys": (1,), "rowmajor": (self._m,), "horizontal": (1, self._m - 1)}[self._left]
-            sizes = np.tile(of_row[: count // max(r, 1)], r)
-            lists = [(0, count)]
-        # The query is that of the last position; the others have none.
-        length = positions[0].shape[-2]
-        queries = np.broadcast_to(query, (*query.shape[:-2], length, query.shape[-1]))
-        plan = _plan(length, 1, lists, len(sizes), sizes if self._size_bias else None)
-        out[...] = attend(queries, *positions, *regions, plan, scale=self._scale)[..., -1:, :]
-        if self._across:
-            self._across.push(None, key, value)
-        self._length += 1
-        if c + 1 == self._m:
-            self._end_row()
-
-    def _end_row(self) -> None:
-        """The row leaves what later rows attend, and another begins."""
-        query, key, value = self._row.all()
-        summary = None
-        if self._has_summaries:
-            # The first of two rows is summarized as the second one sees it.
-            query, key, value = (np.concatenate([x, x], axis=-2) for x in (query, key, value))
-            summary = summarize(query, key, value, self._pattern, is_causal=True, scale=self._scale)
-        self._leave(query, key, value, summary, 1)
-        self._row.pop(self._m)
-
-    def _leave(self, query: Array, key: Array, value: Array, summary: Summary | None, rows: int) -> None:
-        """What the first rows, whole ones, leave in the columns."""
-        if not rows:
-            return
-        first = slice(0, rows * self._m)
-        left = [] if self._left == "rowmajor" else [(key, value)]
-        if summary and (self._left == "rowmajor" or self._m > 1):  # a row without its only column is nothing
-            left.append((summary.key, summary.value))
-        keys, values = (
-            [_by_column(_spread(x[..., first, :], heads), rows) for x in xs]
-            for xs, heads in zip(zip(*left, strict=True), self._columns.heads, strict=True)
-        )
-        in_turn = (np.stack(xs, axis=-2).reshape(*xs[0].shape[:-2], -1, xs[0].shape[-1]) for xs in (keys, values))
-        self._columns.push(_by_column(query[..., first, :], rows), *in_turn)
-        if self._across:
-            self._across.pop(self._across.count)
-            query, key, value = self._columns.all()
-            plan = _region_plan(key.shape[-2], self._pattern.pooling)
-            summary = summarize(query, key, value, plan, scale=self._scale)
-            self._across.push(None, *(np.moveaxis(x[..., 0, :], -3, -2) for x in (summary.key, summary.value)))
-
-    def fill(self, query: Array, key: Array, value: Array, summary: Summary) -> None:
-        n, m = query.shape[-2], self._m
-        whole = n // m
-        # Later rows of these attend whole rows but the last, which is left as in a step.
-        early = max(whole - 1, 0)
-        self._leave(query, key, value, summary if self._has_summaries else None, early)
-        for first, end in ((early * m, whole * m), (whole * m, n)):
-            self._row.push(query[..., first:end, :], key[..., first:end, :], value[..., first:end, :])
-            if first < end == whole * m:
-                self._end_row()
-        if self._across:
-            self._across.push(None, *self._row.all()[1:])
-        self._length = n
-
-
-def _by_column(x: Array, rows: int) -> Array:
-    """`[..., H, rows * m, features]` as `[..., m, H, rows, features]`."""
-    return np.moveaxis(x.reshape(*x.shape[:-2], rows, -1, x.shape[-1]), -2, -4)
-
-
-def _spread(x: Array, heads: int) -> Array:
-    """`[..., 1, rows, features]` as that of so many heads."""
-    return x if x.shape[-3] == heads else np.broadcast_to(x, (*x.shape[:-3], heads, *x.shape[-2:]))
+_SELECTABLE = (Fixed, HeavilyCompressed, LogSparse, Tree)
 
 
 class Decoder:
-    """Causal attention of a sequence that grows: `prefill` what there is, then `step` by step.
+    """Causal attention of a growing sequence, any number of tokens at a time. Ours.
 
-    Row by row the result is that of ``attention(query, key, value, pattern, is_causal=True)`` of the whole sequence, up
-    to rounding; `step` of n tokens has the bits of n steps of one. What is given is copied, never kept.
+    A row of the result has the bits of ``attention(query, key, value, pattern, is_causal=True)`` of the whole sequence,
+    however the tokens are divided between calls. Inputs are copied. With `select` these are the bits for the pattern
+    ``Selected(pattern, select(query, key, pattern, k, block=1, is_causal=True, scale=scale), block=1)``.
 
     Parameters
     ----------
-    pattern : `Dense`, `Fixed`, `LogSparse`, `Tree` or `Axial`, or the sparse baseline of one or of `AxialMixture`, with
-        its span or width given.
+    pattern : `Dense`, `Fixed`, `LogSparse`, `Tree`, `Axial`, `Window` or `HeavilyCompressed`, or the sparse baseline of
+        one or of `AxialMixture`, with its span or width given.
     scale : factor of the logits, finite; 1 / sqrt(D) by default.
+    layout : "BHLD", arrays with heads before tokens, or "BLHD", `[..., n, heads, features]`, as in `attention`.
+    rollback : how many of the last tokens `rollback` may forget, at most.
+    softcap : as in `attention`.
+    sink : as in `attention`; copied. Its shape and dtype are checked with the first tokens.
+    select : how many regions each query opens, as `combiner.select` chooses them with ``block=1`` and `Selected` opens
+        them; None for none. The choice looks at no bias, softcap or sink. With `Fixed`, `HeavilyCompressed`,
+        `LogSparse` or `Tree`.
 
     Raises
     ------
-    TypeError : what is no pattern, or a scale that is no number.
+    TypeError : a `pattern` that is no pattern, a scale that is no number, a `rollback` or `select` that is no integer.
     ValueError : a default span or width, which depends on the length; a Plan or Routing, which are of one length;
-        AxialMixture and Mixture; a scale that is not finite.
+        AxialMixture and Mixture; a scale that is not finite; an unknown layout; a `rollback`, a softcap or a `select`
+        out of range; `select` with a pattern whose queries share no regions.
 
     Notes
     -----
-    The time of a token at length L is that of the rows that it attends, O(Hq rows (D + Dv)), besides some 50 us of
-    Python, and in the mean that of the rows that it is summarized with; memory is what later queries attend:
+    A decoder pools the queries, keys and biases of regions from the tokens. It takes no `region_query`, `region_key` or
+    `region_bias`, because the regions of these arrays belong to a complete sequence.
+
+    n tokens at length L cost what attention of the whole sequence takes for their rows: O(Hq rows (D + Dv)) for the
+    rows that each query attends, and as much for the members of the regions that they are the first to attend. Memory
+    holds the rows that later queries attend:
 
     - `Dense`: L rows; memory O(L).
-    - `Fixed`: up to span + L / span rows, summarized once; memory O(span + L / span).
-    - `LogSparse`: log2(L) rows, summarized log2(L) times, and L rows at worst in one step; memory O(L).
-    - `LogSparse(hierarchical=True)`, `Tree`: branching * log(L) rows, summarized once, and with their summaries; memory
-      the same, but for the nodes of the highest of a number of levels given.
-    - `Axial`: width + L / width rows. Its own row summarizes a token width times in the horizontal and the row-major
-      order, its column as often as there are rows in the vertical one. Memory O(L).
-    - Sparse baselines: the rows that they attend; memory the same, but O(L) for `Axial`.
+    - `Fixed`: up to span + window + L / span rows, each span summarized once; memory O(span + window + L / span).
+    - `LogSparse`: log2(L) rows, each position summarized log2(L) times; memory O(L).
+    - `LogSparse(hierarchical=True)`, `Tree`: branching * log(L) rows, each summarized once in its node; memory
+      O(branching log L), plus one row per top-level node when `levels` is given.
+    - `Axial`: width + L / width rows. In the horizontal and the row-major order the last token of a row summarizes it
+      `width` times, once for each column; in the vertical order each token summarizes its column. Memory O(L): L keys
+      and values or, in the row-major order, L summaries; both in the horizontal order.
+    - `Window`: size rows; memory O(size).
+    - `HeavilyCompressed`: window + L / rate rows, each span summarized once; memory O(window + rate + L / rate).
+    - Sparse baselines: the rows that they attend; memory the same, O(L) for `Axial`.
 
-    Caches grow by half of themselves. A decoder is for one thread at a time. After a MemoryError or a Ctrl-C in a call
-    it is empty, as after `reset`.
+    With `select` the keys and values of all positions are kept, besides the regions: memory O(L). A step adds O(Hq
+    rows (D + Dv)) for the rows below the regions that it opens, and O(Hq D) for each region that a query attends. Where
+    regions have many sizes, the largest score highest, and opening them costs what `Dense` does (docs/selection.md).
+
+    `rollback` adds as many positions, and the regions that end in them. While a call runs, its own tokens are kept too.
+    Caches grow by half of their size. ``copy.deepcopy`` makes another decoder of the same sequence. A decoder cannot be
+    pickled. One thread at a time may use a decoder. A call that fails, by a MemoryError or a Ctrl-C, leaves the decoder
+    as it was.
     """
 
-    def __init__(self, pattern: AnyPattern, *, scale: float | None = None) -> None:
-        self._way = _layout(pattern)
+    @explains_foreign_names
+    def __init__(
+        self,
+        pattern: AnyPattern,
+        *,
+        scale: float | None = None,
+        layout: Layout = "BHLD",
+        rollback: int = 0,
+        softcap: float | None = None,
+        sink: Array | None = None,
+        select: int | None = None,
+    ) -> None:
+        self._as_core = _as_core(pattern)
         self._pattern: Factorization | Sparse = pattern  # type: ignore[assignment]
         if scale is not None:
-            try:
-                scale = float(scale)
-            except (TypeError, ValueError):
-                raise TypeError(f"scale must be a number or None, got {type(scale).__name__}") from None
+            scale = as_number("scale", scale, "a number or None")
             if not math.isfinite(scale):
                 raise ValueError(f"scale must be finite, got {scale}")
         self._scale = scale
+        self._is_turned = is_turned(layout)
+        self._rollback = min(as_integer("rollback", rollback, 0), _LONGEST)
+        self._softcap = as_softcap(softcap)
+        self._select = 0 if select is None else as_integer("select", select, 0, bits=31)
+        if select is not None and not isinstance(pattern, _SELECTABLE):
+            names = ", ".join(each.__name__ for each in _SELECTABLE)
+            raise ValueError(
+                f"pattern must have regions that queries share ({names}) where select is given, got {pattern!r}"
+            )
+        self._sink = None if sink is None else _array("sink", to_numpy("sink", sink)).copy()
         self.reset()
 
     def reset(self) -> None:
         """Forgets the sequence, its dtype and its shapes."""
-        self._length = 0
+        self._taken = 0  # tokens, of all calls
         self._shapes: tuple[tuple[int, ...], ...] = ()  # without the number of tokens
         self._dtype: np.dtype[Any] | None = None
-        self._past: _Past | None = None
+        self._checked: tuple[list[Any], list[Any]] | None = None  # shapes and dtypes of the last call
+        self._core: _core.Decoder | None = None
 
     @property
     def length(self) -> int:
-        """Tokens so far."""
-        return self._length
+        """Tokens so far; of the longest sequence where `lengths` were given."""
+        lengths = self.lengths
+        return int(lengths.max()) if lengths.size else self._taken
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each sequence so far, int64, shaped as the axes before the heads."""
+        if not self._core:
+            return np.zeros((), np.int64)
+        return self._core.lengths.reshape(self._shapes[0][:-2])
 
     @property
     def nbytes(self) -> int:
         """Bytes of the caches."""
-        return self._past.nbytes if self._past else 0
+        return self._core.nbytes if self._core else 0
 
     @property
     def pattern(self) -> Factorization | Sparse:
-        """What was given."""
+        """The pattern given to the constructor."""
         return self._pattern
 
     @any_library
-    def prefill(self, query: Array, key: Array, value: Array) -> Array:
-        """The first tokens, all at once: what `attention` gives for them, with its bits, at its cost.
+    def step(
+        self, query: Array, key: Array, value: Array, *, lengths: Any = None, key_bias: Array | None = None
+    ) -> Array:
+        """The next tokens: each query attends the sequence up to its own position; keys and values join the sequence.
 
         Parameters
         ----------
-        query : `[..., Hq, n, D]` or `[n, D]`, of a dtype that `attention` takes; any n >= 0, here and in `step`.
+        query : `[..., Hq, n, D]` or `[n, D]`, of a dtype that `attention` takes; n >= 0.
         key : `[..., Hk, n, D]` or `[n, D]`, the same dtype.
         value : `[..., Hk, n, Dv]` or `[n, Dv]`, the same dtype.
+        lengths : integers, shaped as the axes before the heads: the tokens of each sequence, its first ones of the n;
+            the others are ignored. All n by default.
+        key_bias : `[..., Hk, n]` or `[..., Hq, n]`, as in `attention`: the biases of these tokens' keys. Given in every
+            call, for as many heads as in the first, or in none.
 
         Returns
         -------
-        out : `[..., Hq, n, Dv]` or `[n, Dv]`
+        out : `[..., Hq, n, Dv]` or `[n, Dv]`; 0 for tokens that are ignored.
 
         Raises
         ------
-        TypeError, ValueError : as `attention`; ValueError after other tokens.
+        TypeError, ValueError : as `attention`; another dtype or shape than that of the tokens before; `lengths` of
+            another shape, or out of range; `key_bias` in some calls only.
+        RuntimeError : another thread is in a call of this decoder.
         """
-        if self._length:
-            raise ValueError(f"prefill must come before all other tokens, got it at length {self._length}")
-        given = self._check(query, key, value)
+        is_first = self._core is None
         try:
-            q, k, v = self._split(*given)
-            summary = summarize(q, k, v, self._pattern, is_causal=True, scale=self._scale)
-            region = summary.key, summary.value
-            out = attend(q, k, v, *region, self._pattern, is_causal=True, scale=self._scale)
-            if q.shape[-2]:
-                self._past.fill(q, k, v, summary)  # type: ignore[union-attr]
+            given = self._check(query, key, value, key_bias)
+            counts = None if lengths is None else self._read_counts("lengths", lengths, given[0])
+            assert self._core
+            out = self._core.step(*given, counts, key_bias)
         except BaseException:
-            self.reset()
+            if is_first:  # a call that fails decides neither dtype nor shapes
+                self.reset()
             raise
-        self._length = q.shape[-2]
-        return out.reshape(*given[0].shape[:-1], v.shape[-1])
+        self._taken += given[0].shape[-2]
+        return self._laid(out)
 
     @any_library
-    def step(self, query: Array, key: Array, value: Array) -> Array:
-        """The next tokens: their keys and values join the sequence, their queries attend it up to themselves.
+    def prefill(
+        self, query: Array, key: Array, value: Array, *, lengths: Any = None, key_bias: Array | None = None
+    ) -> Array:
+        """The same as `step`, which takes any number of tokens at any time."""
+        return self.step(query, key, value, lengths=lengths, key_bias=key_bias)
 
-        Parameters, returns, raises
-        ---------------------------
-        As in `prefill`; dtype and all but n as in the calls before.
+    def rollback(self, n: int | npt.ArrayLike) -> None:
+        """Forgets the last n tokens, such as a draft's that were not accepted. What follows has the same bits as if
+        they had not been.
+
+        Parameters
+        ----------
+        n : an integer, or one for each sequence, shaped as the axes before the heads.
+
+        Raises
+        ------
+        TypeError : n is no integer.
+        ValueError : n is negative, more than a sequence has, or reaches further back than the constructor's `rollback`
+            before the sequence's longest length.
         """
-        given = self._check(query, key, value)
-        assert self._past
-        try:
-            q, k, v = self._split(*given)
-            n = q.shape[-2]
-            out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-            first = 0
-            while first < n:
-                end = first + min(n - first, self._past.room())
-                self._past.attend(*(x[..., first:end, :] for x in (q, k, v, out)))
-                first = end
-        except BaseException:
-            self.reset()
-            raise
-        self._length += n
-        return out.reshape(*given[0].shape[:-1], v.shape[-1])
+        counts = as_integers("n", n)
+        if not self._core:
+            if counts.any():
+                raise ValueError(f"n must be 0 where the constructor's rollback is 0 or there are no tokens, got {n!r}")
+            return
+        self._core.rollback(counts.ravel() if counts.ndim == 0 else self._read_counts("n", counts, None))
+
+    def take(self, sequences: npt.ArrayLike) -> Decoder:
+        """Another decoder, of some of the sequences: beams that go on, or entries of a batch that are not finished.
+
+        Parameters
+        ----------
+        sequences : integers `[N]`, where sequence n of the new decoder is a copy of this one's number ``sequences[n]``;
+            any order, and repeats. The new decoder's arrays are those of N batch entries.
+
+        Raises
+        ------
+        TypeError : sequences are no integers.
+        ValueError : sequences out of range, or with other than one axis; a decoder without tokens, or of arrays with
+            other than one axis before the heads.
+
+        Notes
+        -----
+        Time and memory are those of the rows that these sequences keep.
+        """
+        if not self._core or len(self._shapes[0]) != 3:
+            got = max(len(self._shapes[0]) - 2, 0) if self._core else "no tokens"
+            raise ValueError(f"tokens must have one axis before the heads, got {got}")
+        chosen = as_integers("sequences", sequences)
+        if chosen.ndim != 1:
+            raise ValueError(f"sequences must have shape (N,), got {chosen.shape}")
+        B = self._shapes[0][0]
+        if ((chosen < 0) | (chosen >= B)).any():
+            raise ValueError(f"sequences must be between 0 and {B - 1}, got {chosen}")
+        taken = object.__new__(type(self))
+        vars(taken).update(vars(self))
+        taken._core = self._core.take(chosen.astype(np.int64))
+        taken._checked = None
+        taken._shapes = tuple((len(chosen), *shape[1:]) for shape in self._shapes)
+        if self._sink is not None and self._sink.ndim == 2 and len(self._sink) == B:
+            taken._sink = self._sink[chosen]
+        return taken
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decoder:
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def __copy__(self) -> Decoder:
+        raise TypeError("a Decoder cannot be copied without its sequence: copy.deepcopy(decoder) makes another one")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Decoder cannot be pickled: pickle its pattern and the tokens, and prefill a new Decoder with them"
+        )
 
     def __repr__(self) -> str:
         scale = "" if self._scale is None else f", scale={self._scale}"
-        return f"<Decoder({self._pattern!r}{scale}) of length {self._length}>"
+        return f"<Decoder({self._pattern!r}{scale}) of length {self.length}>"
 
     # ---- arguments
 
-    def _check(self, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-        """The arguments as arrays, checked; the first ones set what all others are like."""
-        given = _array("query", query), _array("key", key), _array("value", value)
-        n = given[0].shape[-2] if given[0].ndim > 1 else 0
-        if not self._past:
-            summarize(*given, _empty_plan(n), scale=self._scale)  # checks all that `attention` does
-            self._begin(*given)
+    def _check(self, query: Array, key: Array, value: Array, key_bias: Array | None) -> tuple[Array, Array, Array]:
+        """The arguments as arrays with heads before tokens, checked. The first call's decide dtype and sizes."""
+        given = (
+            self._laid(_array("query", query)),
+            self._laid(_array("key", key)),
+            self._laid(_array("value", value)),
+        )
+        if not self._core:
+            self._core = _core.Decoder(
+                self._as_core, *given, self._scale, self._softcap, self._rollback, self._select, key_bias, self._sink
+            )
+            self._shapes = tuple((*x.shape[:-2], x.shape[-1]) for x in given)
+            self._dtype = given[0].dtype
             return given
+        now = [x.shape for x in given], [x.dtype for x in given]
+        if now == self._checked:
+            return given
+        n = given[0].shape[-2] if given[0].ndim > 1 else 0
         for name, x, shape in zip(("query", "key", "value"), given, self._shapes, strict=True):
             if x.dtype != self._dtype:
                 raise TypeError(f"{name} must be {self._dtype} like the tokens before, got {x.dtype}")
+            if x.shape == shape:
+                one = (*shape[:-1], 1, shape[-1])
+                raise ValueError(f"{name} must have an axis of tokens, {one} for one of them, got {x.shape}")
             if x.shape != (expected := (*shape[:-1], n, shape[-1])):
                 raise ValueError(f"{name} must have shape {expected} like the tokens before, got {x.shape}")
+        self._checked = now
         return given
 
-    def _begin(self, query: Array, key: Array, value: Array) -> None:
-        """A past for tokens like these."""
-        self._shapes = tuple((*x.shape[:-2], x.shape[-1]) for x in (query, key, value))
-        self._dtype = query.dtype
-        q, _, v = self._split(query, key, value)
-        *lead, group, _, D = q.shape
-        sizes = _Sizes(tuple(lead), group, D, v.shape[-1], q.dtype)
-        if isinstance(self._way, _Nodes):
-            self._past = _Stack(self._way, self._pattern, self._scale, sizes)
-        else:
-            self._past = _Grid(self._way, self._pattern, self._scale, sizes)
+    def _read_counts(self, name: str, counts: Any, query: Array | None) -> npt.NDArray[np.int64]:
+        """A number of tokens for each sequence; at most those of the query."""
+        given = as_integers(name, counts)
+        if given.shape != (expected := self._shapes[0][:-2]):
+            raise ValueError(f"{name} must have shape {expected}, got {given.shape}")
+        if query is not None and ((given < 0) | (given > query.shape[-2])).any():
+            raise ValueError(f"{name} must be between 0 and {query.shape[-2]}, got {given}")
+        return given.astype(np.int64).ravel()
 
-    @staticmethod
-    def _split(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-        """`[..., Hk, G, n, features]`, keys and values with G = 1."""
-        if query.ndim == 2:
-            return query[None, None], key[None, None], value[None, None]
-        *lead, Hk, n, _ = key.shape
-        group = query.shape[-3] // Hk if Hk else 1
-        return query.reshape(*lead, Hk, group, n, query.shape[-1]), key[..., None, :, :], value[..., None, :, :]
+    def _laid(self, x: Array) -> Array:
+        """A view with heads and tokens exchanged where the layout has tokens before heads."""
+        return turn(x) if self._is_turned else x
 
 
 def _array(name: str, x: Array) -> Array:
@@ -603,98 +382,3 @@ def _array(name: str, x: Array) -> Array:
     if isinstance(x, np.ma.MaskedArray) or not hasattr(x, "__array__"):
         raise TypeError(f"{name} must be {REAL_ARRAY}, got {type(x).__name__}")
     return np.asarray(x)
-
-
-# ---- plans of a few queries over rows that are given
-
-
-@lru_cache(maxsize=64)
-def _empty_plan(length: int) -> Plan:
-    return Plan.from_arrays([0], [[0, 0]], [], [[0] * 5], [], [], [], length=length)
-
-
-@lru_cache(maxsize=64)
-def _region_plan(members: int, pooling: str) -> Plan:
-    """One region of all positions, summarized as a row."""
-    everything = [0, 1, members]
-    return Plan.from_arrays(
-        [0, 1],
-        [[0, 0], [1, 1]],
-        [[members, *everything]],
-        [[members, 1, 1, 0, 1], [0, 0, 0, 1, 0]],
-        [[*everything, -1]],
-        [],
-        [],
-        length=members,
-        regions=1,
-        pooling=pooling,  # type: ignore[arg-type]
-    )
-
-
-@lru_cache(maxsize=1024)
-def _stack_plan(queries: int, counts: tuple[int, ...], branching: int) -> Plan:
-    """Each query attends the whole stack and the positions up to its own.
-
-    Parameters
-    ----------
-    counts : rows of level 0, 1, ..; the highest come first. With several levels a row's size, branching^level
-        positions, joins its logit.
-    """
-    R, sizes = sum(counts), None
-    if len(counts) > 1:
-        sizes = np.repeat([branching**level for level in reversed(range(len(counts)))], counts[::-1])
-    return _plan(queries, queries, [(0, R)], R, sizes)
-
-
-def _plan(length: int, queries: int, lists: Sequence[tuple[int, int]], regions: int, sizes: Array | None) -> Plan:
-    """The last `queries` positions attend the lists [first, end) of regions and the positions up to their own.
-
-    Parameters
-    ----------
-    sizes : `[R]`, the positions that each region stands for, if these join the logits.
-    """
-    L, R = length, regions
-    N, pool = 0, np.empty((0, 4), np.int64)
-    index: list[int] = []
-    tile: list[tuple[int, ...]] = []
-    if sizes is not None and R:
-        N, pool, index = _count(L, sizes)
-        # A pooled region must have been a query before it is attended; its tile is not run.
-        tile = [(L + first, 1, min(64, R - first), n, 64) for n, first in enumerate(range(0, R, 64))]
-    run = [(0, 1, 1, -1)] * len(tile)
-    for i in range(L - queries, L):
-        tile.append((i, 1, 1, len(run), 1))
-        run += [(L + first, 1, end - first, -1) for first, end in lists if first < end]
-        run.append((0, 1, i + 1, -1))
-    return Plan.from_arrays(
-        [0, 1],
-        [(0, 0), (len(pool), len(tile))],
-        pool,
-        [*tile, (0, 0, 0, len(run), 0)],
-        run,
-        index,
-        [],
-        length=L,
-        regions=R,
-        scratch=N,
-        size_bias=sizes is not None,
-    )
-
-
-def _count(length: int, sizes: Array) -> tuple[int, Array, list[int]]:
-    """Scratch rows, pools and their index array, by which each region counts as many positions as it stands for."""
-    L, R = length, len(sizes)
-    each, which = np.unique(sizes, return_inverse=True)
-    N = int(each[-1]).bit_length()
-    # Scratch row p stands for 2^p positions, and a region pools those of its size's bits.
-    pool = np.empty((N + R, 4), np.int64)
-    pool[:N] = [(L + R + p, 2 * p - 2, 0, 2) if p else (L + R, 0, 1, 1) for p in range(N)]
-    index = [L + R + p for p in range(N - 1) for _ in range(2)]
-    child = []
-    for size in map(int, each):
-        bits = [L + R + p for p in range(N) if size >> p & 1]
-        child.append((len(index), 0, len(bits)))
-        index += bits
-    pool[N:, 0] = np.arange(L, L + R)
-    pool[N:, 1:] = np.array(child)[which]
-    return N, pool, index

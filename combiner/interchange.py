@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays of other libraries, by DLPack: taken where they lie and answered in kind, without importing their library."""
+"""Arrays of other libraries, read in their own memory by DLPack; results are arrays of the same library.
+
+No library is imported.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,23 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from .plan import Array
+from .arguments import Array
+from .foreign_names import refuse_foreign_names
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _CPU = 1  # kDLCPU
-_ALSO_NUMPY = ("cu_seqlens", "out")  # arguments that may be NumPy's beside another library's
+_ALSO_NUMPY = ("cu_seqlens", "lengths", "out")  # these may be NumPy arrays where the others are another library's
 
 
 def any_library(function: Callable[P, T]) -> Callable[P, T]:
-    """`function` of NumPy arrays as one of any library's arrays on the CPU.
+    """Makes a function of NumPy arrays one of the arrays of any library on the CPU.
 
-    Arrays with ``__dlpack__`` are read, and as `out` written, in their own memory; results are arrays of their library,
-    over the memory of NumPy results where the library allows that. `saved` of a forward function holds NumPy arrays.
-    Where the first argument is NumPy's, nothing is done: the core refuses what else is another library's.
+    Arrays with ``__dlpack__`` are read, and `out` is written, in their own memory. Results are arrays of their library,
+    over the memory of NumPy's results where the library allows that; `saved` of a forward function holds NumPy arrays.
+    Where the first argument is a NumPy array, all arguments pass unchanged, and the core refuses arrays of another
+    library. The error for a keyword of another library names the one to use.
 
     Raises
     ------
@@ -33,20 +38,34 @@ def any_library(function: Callable[P, T]) -> Callable[P, T]:
     ValueError : an array on another device.
     """
     signature = inspect.signature(function)
-    numpy_array = np.ndarray  # a name of the function's own is found sooner
+    numpy_array = np.ndarray  # a local name is found faster
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if args and type(args[0]) is numpy_array:
-            return function(*args, **kwargs)
-        if not any(map(_is_foreign, args)) and not any(map(_is_foreign, kwargs.values())):
-            return function(*args, **kwargs)
-        given = signature.bind(*args, **kwargs)
+        try:
+            if args and type(args[0]) is numpy_array:
+                return function(*args, **kwargs)
+            if not any(map(_is_foreign, args)) and not any(map(_is_foreign, kwargs.values())):
+                return function(*args, **kwargs)
+            given = signature.bind(*args, **kwargs)
+        except TypeError:
+            refuse_foreign_names(function, kwargs)
+            raise
         library = _Library(given.arguments)
         given.arguments.update({name: library.take(name, x) for name, x in given.arguments.items()})
         return library.give(function(*given.args, **given.kwargs))  # type: ignore[no-any-return]
 
     return call
+
+
+def to_numpy(name: str, x: Any) -> Any:
+    """An array of another library on the CPU as NumPy's, over the same memory; anything else as it is.
+
+    Raises
+    ------
+    TypeError, ValueError : as `any_library`.
+    """
+    return _Library({name: x}).take(name, x) if _is_foreign(x) else x
 
 
 def _is_foreign(x: object) -> bool:
@@ -58,13 +77,13 @@ class _Library:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._like, first = next((name, x) for name, x in arguments.items() if _is_foreign(x))
-        self._namespace = _namespace(first)
-        self._taken: dict[int, tuple[Array, Any]] = {}  # by id: what a function returns of them is the caller's
+        self._namespace = _namespace(self._like, first)
+        self._taken: dict[int, tuple[Array, Any]] = {}  # by id: results among them are the caller's
 
     def take(self, name: str, x: Any) -> Any:
         """The argument as the function takes it."""
         is_foreign = _is_foreign(x)
-        if (is_foreign and _namespace(x) is not self._namespace) or (
+        if (is_foreign and _namespace(name, x) is not self._namespace) or (
             isinstance(x, np.ndarray) and name not in _ALSO_NUMPY
         ):
             raise TypeError(f"{name} must be an array of {self._namespace.__name__} like {self._like}, got {_kind(x)}")
@@ -83,7 +102,7 @@ class _Library:
             return getattr(result, "_make", tuple)(map(self.give, result))
         return result
 
-    # DLPack knows bfloat16, but NumPy's does not: it passes as the integers of its bits.
+    # NumPy's DLPack has no bfloat16: such an array passes as int16 with the same bits.
 
     def _import(self, name: str, x: Any) -> Array:
         try:
@@ -93,7 +112,9 @@ class _Library:
 
                     return np.from_dlpack(x.view(self._namespace.int16)).view(ml_dtypes.bfloat16)
                 return np.from_dlpack(x)
-        except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # what an object's own methods raise
             raise TypeError(
                 f"{name} must be an array that DLPack can share (combiner.torch and combiner.jax differentiate and "
                 f"trace), got {_kind(x)}: {error}"
@@ -106,7 +127,7 @@ class _Library:
         return self._namespace.from_dlpack(x)
 
 
-def _namespace(x: Any) -> Any:
+def _namespace(name: str, x: Any) -> Any:
     """The module that makes arrays like x, by the array API, or the one that defines x's class."""
     if hasattr(x, "__array_namespace__"):
         return x.__array_namespace__()
@@ -114,7 +135,7 @@ def _namespace(x: Any) -> Any:
         module = sys.modules.get(kind.__module__.partition(".")[0])
         if hasattr(module, "from_dlpack"):
             return module
-    raise TypeError(f"the library of {_kind(x)} must have from_dlpack")
+    raise TypeError(f"{name} must be an array of NumPy or of a library with a function from_dlpack, got {_kind(x)}")
 
 
 def _kind(x: object) -> str:

@@ -1,44 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The factorizations: small values that make a plan for any length (spec: "Factorizations").
+"""The factorizations: small values that make a plan for any length.
 
-A pattern is compared, hashed and printed by its parameters. Queries see positions up to their own when the plan is
-causal, else all.
+docs/mathematics.md, section 3, defines each of them; other sections and equations are those of the paper (Ren et al.,
+NeurIPS 2021). A pattern is compared, hashed and printed by its parameters, and can be copied and pickled. When a plan
+is causal, a query attends positions up to its own; otherwise it attends all positions.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
+import weakref
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from .plan import POOLINGS, Plan, Pooling, as_integer, choice_number
+from .arguments import as_integer, as_integers, check_bool, choice_number
+from .display import Shown
+from .plan import POOLINGS, Plan, Pooling
+from .plan_cache import PlanCache
 
 
 class Pattern(Protocol):
-    """What attention takes for a pattern: anything that makes plans."""
+    """What attention accepts as a pattern: any object that makes plans."""
 
     def plan(self, length: int, is_causal: bool = False, /) -> Plans:
-        """A plan, or one for each batch entry and key head in that order."""
+        """One plan, or a tuple of one for each batch entry and key head, in that order."""
         ...
 
 
 Plans: TypeAlias = Plan | tuple[Plan, ...]
-AnyPattern: TypeAlias = "Pattern | Plans | Mixture"
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, repr=False)
-class Factorization:
-    """What all factorizations have in common.
+class Factorization(Shown):
+    """The base of all factorizations.
 
     Parameters
     ----------
-    pooling : "max", "mean" or "sum": how a region's key and query come from its members' (section 3.3).
-    size_bias : whether the log of the unmasked positions below a region joins its logit (not in the paper).
+    pooling : "max" (the paper's), "mean" or "sum": how a region's key and query are pooled from its members' (section
+        3.2). `Dense`, `Window`, sparse baselines and row-major `Axial` pool nothing and ignore it.
+    size_bias : whether the log of the number of unmasked positions below a region is added to its logit (not in the
+        paper).
     """
 
     pooling: Pooling = field(default="max", kw_only=True)
@@ -46,107 +51,118 @@ class Factorization:
 
     def __post_init__(self) -> None:
         choice_number("pooling", self.pooling, POOLINGS[:3])
-        _check_bool("size_bias", self.size_bias)
+        check_bool("size_bias", self.size_bias)
 
     def plan(self, length: int, is_causal: bool = False) -> Plan:
-        """The plan for L = `length` positions. The last ones made are kept.
+        """The plan for L = `length` positions. Plans made recently are kept and returned again.
 
         Raises
         ------
-        TypeError, ValueError, OverflowError : a length that is no integer, is negative, or exceeds 2^30.
+        TypeError, ValueError, OverflowError : `length` is not an integer, is negative, or exceeds 2^30.
         """
-        _check_bool("is_causal", is_causal)
-        return _plan(self, as_integer("length", length, 0), bool(is_causal))
+        check_bool("is_causal", is_causal)
+        return made_plan.get(self, as_integer("length", length, 0), bool(is_causal), False)
 
     def sparse(self) -> Factorization | Sparse:
-        """The sparse baseline: the direct keys alone, without regions; what they leave out is not attended."""
+        """The sparse baseline: queries attend direct keys alone, and no regions."""
         return Sparse(self)
 
     def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
         raise NotImplementedError
 
+    def _key(self) -> Factorization | weakref.ref[Factorization]:
+        """The key under which the cache keeps this pattern's plans."""
+        return self
+
     def _options(self, is_causal: bool, sparse: bool) -> tuple[bool, bool, int, bool]:
         return is_causal, sparse, POOLINGS.index(self.pooling), self.size_bias
 
     def __repr__(self) -> str:
-        changed = ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default)
+        own_first = sorted(fields(self), key=lambda f: bool(f.kw_only))
+        changed = ((f.name, getattr(self, f.name)) for f in own_first if getattr(self, f.name) != f.default)
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed)})"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Dense(Factorization):
-    """Every query attends its whole support: exact full attention, L^2 pairs."""
+    """Every query attends its whole support directly: exact full attention, L^2 pairs."""
 
     def sparse(self) -> Dense:
-        """Itself: there is nothing to leave out."""
+        """The pattern itself: it has no regions to leave out."""
         return self
 
     def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
-        return Plan._build("dense", length, 0, 0, *self._options(is_causal, sparse))
+        return Plan._dense(length, *self._options(is_causal, sparse))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Fixed(Factorization):
-    """Combiner-Fixed (section 4.1): the own span directly, every earlier (or other) span as one region.
+    """Combiner-Fixed (section 4.1): a query attends its span directly and every earlier (or other) span as a region.
 
     L (span + L / span) pairs: L * sqrt(L) for the default span. Region t is span t. The sparse baseline attends the
-    own span and the last position of each other span.
+    direct keys and the last position of each other span.
 
     Parameters
     ----------
     span : positions in a span; None for the power of two nearest sqrt(L).
+    window : query i attends directly every span that holds a position nearer to i than `window` (not in the paper), so
+        that the first queries of a span have neighbours. 1: the own span alone. It adds about L * window pairs.
     """
 
     span: int | None = None
+    window: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         Factorization.__post_init__(self)
         if self.span is not None:
             object.__setattr__(self, "span", as_integer("span", self.span, 1))
+        object.__setattr__(self, "window", as_integer("window", self.window, 1))
 
     def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
         span = _square_root(length) if self.span is None else self.span
-        return Plan._build("fixed", length, span, 0, *self._options(is_causal, sparse))
+        return Plan._fixed(length, span, self.window, *self._options(is_causal, sparse))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class LogSparse(Factorization):
-    """Combiner-Logsparse (section 4.2): one region of size 2^l for each l, the siblings from leaf to root.
+    """Combiner-Logsparse (section 4.2): a query attends one block of 2^l positions for each level l, as a region.
 
-    L * log(L) pairs. Regions: level 1, 2, .. while 2^l < L, in each the blocks from left to right. The sparse baseline
-    attends the last position of each left sibling block and the first of each right one.
+    The blocks are the siblings on the path from the query's leaf to the root of a binary tree. L * log(L) pairs.
+    Regions: level 1, 2, .. while 2^l < L, and within a level the blocks from left to right. The sparse baseline attends
+    the last position of each left sibling block and the first of each right one.
 
     Parameters
     ----------
-    hierarchical : whether a block of level 2 or more summarises its two halves' summaries in place of its positions
-        (the paper's remark on a partition tree): stage 1 then costs O(L), not O(L log L).
+    hierarchical : whether a block of level 2 or more summarizes the summaries of its two halves instead of its
+        positions (the remark on a partition tree in section 3.1): stage 1 then costs O(L), not O(L log L).
     """
 
     hierarchical: bool = False
 
     def __post_init__(self) -> None:
         Factorization.__post_init__(self)
-        _check_bool("hierarchical", self.hierarchical)
+        check_bool("hierarchical", self.hierarchical)
 
     def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
-        return Plan._build("logsparse", length, self.hierarchical, 0, *self._options(is_causal, sparse))
+        return Plan._logsparse(length, self.hierarchical, *self._options(is_causal, sparse))
 
 
-ORDERS = ("vertical", "horizontal", "rowmajor")  # as numbered in combiner.h
+ORDERS = ("vertical", "horizontal", "rowmajor")  # numbered as in combiner.h
 ROW_KEYS = ("pick", "weighted")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Axial(Factorization):
-    """Combiner-Axial (section 4.3): positions lie row by row, `width` to a row; the own row and column directly.
+    """Combiner-Axial (section 4.3): positions lie in rows of `width`; a query attends its row and column directly.
 
-    L * sqrt(L) pairs for the default width, up to a factor. Regions by order, with t a position and n rows:
+    O(L * sqrt(L)) pairs for the default width. The regions depend on the order; t is a position:
 
-    - "vertical": every other column's part above the own row (and, bidirectional, below it). Region t is t's column
-      down to and including t; bidirectional also region L + t, that column from t on.
+    - "vertical": every other column's part above the own row (bidirectional also the part below it). Region t is the
+      column of t from the top down to t; bidirectional also region L + t, the same column from t on.
     - "horizontal": every other row without the own column. Region r * width + c is row r without column c.
-    - "rowmajor": the own row alone directly, every other row whole, with the query and key it has in the own column
-      (the nearest unmasked position at or before it, else after). Region t is the row of t, picked at t. No pooling.
+    - "rowmajor": every other row, whole; only the own row is direct. The row's abstraction is not pooled: it is the
+      query and key of the row's position in the own column. If the row has no unmasked position there, the nearest
+      unmasked one before it is taken, else the nearest after it. Region t is the row of t, picked at t.
 
     The sparse baseline attends the own row and column.
 
@@ -154,7 +170,7 @@ class Axial(Factorization):
     ----------
     width : columns; None for the power of two nearest sqrt(L).
     order : which parts of the grid are regions.
-    row_key : for rowmajor: "pick", or "weighted", the mean of the row's keys under the region's own softmax.
+    row_key : for rowmajor: "pick", or "weighted" for the mean of the row's keys under the region's own softmax.
     """
 
     width: int | None = None
@@ -172,18 +188,19 @@ class Axial(Factorization):
 
     def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
         width = _square_root(length) if self.width is None else self.width
-        order = 3 if self.row_key == "weighted" else ORDERS.index(self.order)
-        return Plan._build("axial", length, width, order, *self._options(is_causal, sparse))
+        order, weighted = ORDERS.index(self.order), self.row_key == "weighted"
+        return Plan._axial(length, width, order, weighted, *self._options(is_causal, sparse))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class AxialMixture(Factorization):
-    """Combiner-Mixture (section 4.3): the own row and column directly, the rest twice, as columns and as rows.
+    """Combiner-Mixture (table 1 of the paper, and its authors' code): vertical and horizontal `Axial` in one softmax.
 
-    Positions lie row by row, `width` to a row. All parts are in one softmax: every other column's part above (and,
-    bidirectional, below) the own row, every earlier (or other) row's part left and part right of the own column.
-    L * sqrt(L) pairs for the default width, up to a factor. Regions: `Axial`'s vertical ones, then with n rows
-    n * width left parts, row by row, then n * width right parts. The sparse baseline attends the own row and column.
+    Positions lie in rows of `width`. A query attends its row and column directly. Its regions are every other column's
+    part above the own row (bidirectional also the part below), and of every earlier (or other) row the part left and
+    the part right of the own column. So most positions are covered twice. O(L * sqrt(L)) pairs for the default width.
+    Regions: those of vertical `Axial`, then with n rows n * width left parts, row by row, then n * width right parts.
+    The sparse baseline attends the own row and column.
 
     Parameters
     ----------
@@ -199,23 +216,24 @@ class AxialMixture(Factorization):
 
     def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
         width = _square_root(length) if self.width is None else self.width
-        return Plan._build("axial_mixture", length, width, 0, *self._options(is_causal, sparse))
+        return Plan._axial_mixture(length, width, *self._options(is_causal, sparse))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Tree(Factorization):
-    """A tree of blocks (not in the paper, after its remark on partition trees): siblings on the path from leaf to root.
+    """A tree of blocks (not in the paper): a query attends the siblings on the path from its leaf to the root.
 
-    A node of level t = 1 .. levels is an aligned block of branching^t positions; its members are its children. A query
-    attends its level-1 node directly, and on each level the other children of its node one level up; on the highest
-    level all other nodes. `Tree(2)` is `LogSparse(hierarchical=True)`, `Tree(b, 1)` is `Fixed(b)`. L * branching *
-    log(L) pairs. Regions: level 1, 2, .. while branching^t < L, in each the nodes from left to right. The sparse
-    baseline attends the own level-1 node.
+    It extends the remark on a partition tree in section 3.1. A node of level t = 1 .. levels is an aligned block of
+    branching^t positions, and its members are its children. A query attends its node of level 1 directly. As regions it
+    attends, on each level, the siblings of its own node; on the highest level all nodes are siblings. `Tree(2)` is
+    `LogSparse(hierarchical=True)`, and `Tree(b, 1)` is `Fixed(b)`. L * branching * log(L) pairs. Regions: level 1, 2,
+    .. while branching^t < L, and within a level the nodes from left to right. The sparse baseline attends the own node
+    of level 1.
 
     Parameters
     ----------
     branching : children of a node, at least 2.
-    levels : None for as many as make one node cover L.
+    levels : the highest level; None for the lowest one on which a single node covers the sequence.
     """
 
     branching: int
@@ -228,20 +246,81 @@ class Tree(Factorization):
             object.__setattr__(self, "levels", as_integer("levels", self.levels, 1))
 
     def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
-        return Plan._build("tree", length, self.branching, self.levels or 0, *self._options(is_causal, sparse))
+        return Plan._tree(length, self.branching, self.levels or 0, *self._options(is_causal, sparse))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Window(Factorization):
+    """Sliding-window attention (not in the paper): a query attends the positions nearer than `size`, and no regions.
+
+    Query i attends position j where i - size < j <= i (causal) or where abs(i - j) < size (bidirectional). It is the
+    ``sliding_window`` of Mistral, Gemma and Qwen. About L * size pairs causal, twice as many bidirectional.
+
+    Parameters
+    ----------
+    size : positions that a causal query attends, its own among them; at least 1.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        Factorization.__post_init__(self)
+        object.__setattr__(self, "size", as_integer("size", self.size, 1))
+
+    def sparse(self) -> Window:
+        """The pattern itself: it has no regions to leave out."""
+        return self
+
+    def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
+        return Plan._window(length, self.size, *self._options(is_causal, sparse))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class HeavilyCompressed(Factorization):
+    """A window, and every complete span as a region (not in the paper): DeepSeek-V4's heavily compressed attention.
+
+    A query attends the positions of ``Window(window)`` directly. As regions it attends spans of `rate` positions: when
+    causal those that end at its position or before it, otherwise all. So recent spans are covered twice, and a support
+    is covered whole if `window` is at least `rate` - 1. About L (window + L / (2 rate)) pairs causal, twice as many
+    bidirectional. Region t is span t. The sparse baseline is ``Window(window)``.
+
+    With pooled abstractions it is ours; with the model's compressed entries as `region_key` and `region_value` of
+    `attend` it is DeepSeek's.
+
+    Parameters
+    ----------
+    rate : positions of a span; at least 1.
+    window : positions that a causal query attends directly, its own among them; at least 1.
+    """
+
+    rate: int = 128
+    window: int = 128
+
+    def __post_init__(self) -> None:
+        Factorization.__post_init__(self)
+        object.__setattr__(self, "rate", as_integer("rate", self.rate, 1))
+        object.__setattr__(self, "window", as_integer("window", self.window, 1))
+
+    def _build(self, length: int, is_causal: bool, sparse: bool) -> Plan:
+        return Plan._heavily_compressed(length, self.rate, self.window, *self._options(is_causal, sparse))
+
+
+_CLUSTERS = 1 << 30  # cluster numbers are below this limit of the C library
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Routing(Factorization):
-    """Combiner-Routing (section 4.3): the own cluster directly, every other one as one region.
+    """Combiner-Routing (section 4.4): a query attends its own cluster directly and every other cluster as a region.
 
-    Causal: regions are the other clusters' members so far. L (L / C + C) pairs for C clusters of one size. Regions:
-    bidirectional, region c is cluster c, up to the largest id; causal, region t the members of t's cluster up to t.
-    The sparse baseline attends the own cluster. Compared by identity.
+    When causal, a region is the other cluster's members up to the query. L (L / C + C) pairs for C clusters of equal
+    size. Regions: bidirectional, region c is cluster c, up to the largest number; causal, region t is the members of
+    t's cluster up to t. The sparse baseline attends the own cluster. Two `Routing` are equal only if they are the same
+    object.
 
     Parameters
     ----------
-    clusters : integers in [0, L): `[L]`, or `[..., Hk, L]` with a set for each batch entry and key head. Copied.
+    clusters : integers from 0 to 2^30 - 1: `[L]`, or `[..., Hk, L]` with one set for each batch entry and key head.
+        Copied. A number that no position has costs nothing when causal; bidirectionally it is an empty region.
     """
 
     clusters: npt.NDArray[Any]
@@ -251,24 +330,30 @@ class Routing(Factorization):
 
     def __post_init__(self) -> None:
         Factorization.__post_init__(self)
-        clusters = np.asarray(self.clusters)
-        if clusters.size == 0:
-            clusters = clusters.astype(np.int64)
-        if not np.issubdtype(clusters.dtype, np.integer):
-            raise TypeError(f"clusters must hold integers, got {clusters.dtype}")
+        clusters = as_integers("clusters", self.clusters)
         if clusters.ndim == 0:
-            raise ValueError("clusters must have shape [L] or [..., Hk, L], got ()")
-        length = clusters.shape[-1]
-        wrong = clusters[(clusters < 0) | (clusters >= length)]
+            raise ValueError("clusters must have shape [L] or [..., Hk, L], as combiner.cluster makes them, got ()")
+        wrong = clusters[(clusters < 0) | (clusters >= _CLUSTERS)]
         if wrong.size:
-            raise ValueError(f"clusters must lie between 0 and {length - 1}, got {wrong[0]}")
+            raise ValueError(f"clusters must lie between 0 and 2^30 - 1, got {wrong[0]}")
         clusters = clusters.astype(np.int64)
         clusters.flags.writeable = False
         object.__setattr__(self, "clusters", clusters)
 
     def plan(self, length: int, is_causal: bool = False) -> Plans:  # type: ignore[override]
-        """The plan, or a tuple of one for each batch entry and key head, of `length` = L positions."""
-        return Factorization.plan(self, length, is_causal)
+        """The plan for `length` = L positions, or a tuple of one for each batch entry and key head."""
+        check_bool("is_causal", is_causal)
+        return made_plan.get(self._key(), as_integer("length", length, 0), bool(is_causal), False)
+
+    def _key(self) -> weakref.ref[Factorization]:
+        return weakref.ref(self, made_plan.forget)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are read-only too."""
+        return partial(Routing, pooling=self.pooling, size_bias=self.size_bias), (self.clusters,)
+
+    def _only_length(self) -> int:
+        return int(self.clusters.shape[-1])
 
     def _build(self, length: int, is_causal: bool, sparse: bool) -> Plans:  # type: ignore[override]
         if length != self.clusters.shape[-1]:
@@ -276,9 +361,11 @@ class Routing(Factorization):
         return self._build_segment(0, length, is_causal, sparse)
 
     def _build_segment(self, start: int, end: int, is_causal: bool, sparse: bool) -> Plans:
-        """The plans of positions [start, end), whose clusters keep their numbers."""
+        """The plans of positions [start, end). Clusters keep their numbers where regions are numbered by cluster."""
         options = self._options(is_causal, sparse)
         clusters = self.clusters[..., start:end]
+        if (is_causal or sparse) and clusters[clusters >= clusters.size].size:  # numbers do not matter: make them small
+            clusters = np.unique(clusters, return_inverse=True)[1].reshape(clusters.shape)
         if clusters.ndim == 1:
             return Plan._routing(clusters, *options)
         sets = clusters.reshape(math.prod(clusters.shape[:-1]), end - start)
@@ -290,111 +377,46 @@ class Routing(Factorization):
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, repr=False)
-class Sparse:
+class Sparse(Shown):
     """The sparse baseline of a factorization, as its ``sparse()`` returns it."""
 
     pattern: Factorization
 
     def plan(self, length: int, is_causal: bool = False) -> Plan:
         """The plan for L = `length` positions, without regions."""
-        _check_bool("is_causal", is_causal)
-        return _plan(self, as_integer("length", length, 0), bool(is_causal))
+        check_bool("is_causal", is_causal)
+        return made_plan.get(self.pattern._key(), as_integer("length", length, 0), bool(is_causal), True)
 
     def sparse(self) -> Sparse:
         """Itself."""
         return self
 
+    def _only_length(self) -> int | None:
+        return self.pattern._only_length()
+
     def __repr__(self) -> str:
         return f"{self.pattern!r}.sparse()"
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True, repr=False, init=False)
-class Mixture:
-    """The mean of several factorizations' attentions, each with its own summaries (section 4.3).
-
-    The output and the effective attention are the plain means of the components'; there is no single normaliser, so
-    that `summarize`, `attend` and ``return_lse=True`` are errors. A component with nothing to attend to counts as 0.
-    Pooling and size_bias are the components' own; the region axis is the concatenation of theirs. The cost is the sum
-    of theirs.
-
-    Parameters
-    ----------
-    *patterns : patterns or plans, at least one; no mixtures.
-    """
-
-    patterns: tuple[Pattern | Plan, ...]
-
-    def __init__(self, *patterns: Pattern | Plan) -> None:
-        if not patterns:
-            raise ValueError("patterns must be at least one, got none")
-        for pattern in patterns:
-            if isinstance(pattern, Mixture | tuple | type) or not (
-                isinstance(pattern, Plan) or callable(getattr(pattern, "plan", None))
-            ):
-                kind = pattern.__name__ if isinstance(pattern, type) else type(pattern).__name__
-                raise TypeError(f"patterns must be patterns such as combiner.Fixed() or plans, got {kind}")
-        object.__setattr__(self, "patterns", patterns)
-
-    def plan(self, length: int, is_causal: bool = False) -> tuple[Plans, ...]:
-        """The components' plans for L = `length` positions."""
-        return tuple(
-            pattern if isinstance(pattern, Plan) else pattern.plan(length, is_causal) for pattern in self.patterns
-        )
-
-    def sparse(self) -> Mixture:
-        """The mixture of the components' sparse baselines.
-
-        Raises
-        ------
-        TypeError : a component without one: a Plan.
-        """
-        for pattern in self.patterns:
-            if not hasattr(pattern, "sparse"):
-                raise TypeError(f"patterns must have a sparse baseline each, got {type(pattern).__name__}")
-        return Mixture(*(pattern.sparse() for pattern in self.patterns))  # type: ignore[union-attr]
-
-    def __repr__(self) -> str:
-        return f"Mixture({', '.join(map(repr, self.patterns))})"
+@PlanCache
+def made_plan(key: Factorization | weakref.ref[Any], length: int, is_causal: bool, sparse: bool) -> Plan:
+    """The plan, or plans, of a factorization or of its sparse baseline. The cache keeps those made last."""
+    pattern = key() if isinstance(key, weakref.ref) else key
+    assert pattern is not None  # the caller holds a reference
+    return pattern._build(length, is_causal, sparse)
 
 
-def segment_plans(pattern: Pattern | Plan, cu_seqlens: npt.NDArray[np.int64], is_causal: bool) -> tuple[Plan, ...]:
-    """The plans of packed sequences, segment by segment: one each, or one for each batch entry and key head.
-
-    Parameters
-    ----------
-    cu_seqlens : `[N + 1]`, from 0, not decreasing.
-
-    Raises
-    ------
-    ValueError : a Plan, which is of one length; clusters of another length than all segments together.
-    """
-    if isinstance(pattern, Plan | tuple):
-        raise ValueError(f"pattern must make a plan for each sequence of cu_seqlens, got a {type(pattern).__name__}")
-    if isinstance(pattern, type) or not callable(getattr(pattern, "plan", None)):
-        raise TypeError(f"pattern must be a pattern such as combiner.Fixed(), got {type(pattern).__name__}")
-    plans: list[Plan] = []
-    routing = pattern.pattern if isinstance(pattern, Sparse) else pattern
-    if isinstance(routing, Routing) and routing.clusters.shape[-1] != cu_seqlens[-1]:
-        raise ValueError(f"clusters are of {routing.clusters.shape[-1]} positions, got length {cu_seqlens[-1]}")
-    for start, end in itertools.pairwise(cu_seqlens.tolist()):
-        if isinstance(routing, Routing):
-            made = routing._build_segment(start, end, is_causal, isinstance(pattern, Sparse))
-        else:
-            made = pattern.plan(end - start, is_causal)
-        plans.extend(made if isinstance(made, tuple) else (made,))
-    return tuple(plans)
+def makes_plans(pattern: object) -> bool:
+    """Whether the object has a method `plan`. A class, such as Fixed without parentheses, is not a pattern."""
+    return not isinstance(pattern, type) and callable(getattr(pattern, "plan", None))
 
 
-@lru_cache(maxsize=64)
-def _plan(pattern: Factorization | Sparse, length: int, is_causal: bool) -> Plan:
-    if isinstance(pattern, Sparse):
-        return pattern.pattern._build(length, is_causal, True)
-    return pattern._build(length, is_causal, False)
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+def no_pattern(
+    pattern: object, expected: str = "a pattern such as combiner.Fixed()", name: str = "pattern"
+) -> TypeError:
+    """The error for an object that is no pattern; a class is told to be called."""
+    got = f"{pattern.__name__}, a class: call it" if isinstance(pattern, type) else type(pattern).__name__
+    return TypeError(f"{name} must be {expected}, got {got}")
 
 
 def _square_root(length: int) -> int:

@@ -1,34 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans: a factorization for one length, as the flat arrays that the C library runs."""
+"""Plans: a factorization of one length, as the flat arrays that the C library runs."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain, pairwise
-from typing import Any, Literal, Self, TypeAlias, TypeGuard, cast
+from typing import Any, Literal, Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _core
+from .arguments import Array, as_array, as_integer, choice_number
+from .display import Shown
+from .plan_lists import attended, positions_below
 
-Array: TypeAlias = npt.NDArray[Any]
 Pooling: TypeAlias = Literal["max", "mean", "sum"]
 Lists: TypeAlias = Sequence[Sequence[int]] | Sequence[Array] | tuple[Array, Array]
-
-REAL_ARRAY = "a float32, float64, bfloat16 or float16 NumPy array"
 
 POOLINGS = ("max", "mean", "sum", "first")  # as numbered in combiner.h
 COVERS = ("any", "full", "partition")  # the same
 
 
-class Plan(_core.Plan):
-    """A factorization of one length, checked once and immutable; any number of threads may share it.
+class Plan(_core.Plan, Shown):
+    """A factorization of one length. A plan is checked when it is made and never changes; threads may share it.
 
-    Made by ``pattern.plan(length, is_causal)``, `from_parts` or `from_arrays`; accepted wherever a pattern is, and
-    carries its own causality. Attributes in C: ``length`` (L), ``region_count`` (R), ``is_causal``, ``size_bias``,
-    ``weighted``, ``nbytes``, ``scratch_count`` (N) and ``arrays``.
+    ``pattern.plan(length, is_causal)``, `from_mask`, `from_parts` and `from_arrays` make plans. A plan is accepted
+    wherever a pattern is, and carries its own causality. A copy of a plan is the plan itself. A pickle holds the plan's
+    arrays, which are checked again when they are read. Attributes defined in C: ``length`` (L), ``region_count`` (R),
+    ``is_causal``, ``size_bias``, ``weighted``, ``nbytes``, ``scratch_count`` (N) and ``arrays``.
     """
 
     __slots__ = ("__weakref__", "_facts", "_regions")
@@ -49,34 +51,36 @@ class Plan(_core.Plan):
         size_bias: bool = False,
         cover: Literal["any", "full", "partition"] = "any",
     ) -> Self:
-        """A user's own factorization, from index lists (spec: "A user's own pattern").
+        """A plan of a user's own factorization, from index lists (docs/mathematics.md, section 1).
 
-        Each argument is a sequence of integer sequences, or a pair of arrays (offsets, items) where list n is
-        ``items[offsets[n]:offsets[n + 1]]``; a tuple of two arrays is always taken for such a pair. A list may repeat
-        a row, which then counts twice, and positions may be left out, unless `cover` forbids it.
+        Each list argument is a sequence of integer sequences, or a pair of arrays (offsets, items), where list n is
+        ``items[offsets[n]:offsets[n + 1]]``. A tuple of two arrays is always read as such a pair. A list may repeat a
+        row, which then counts twice, and may leave positions out, unless `cover` forbids it.
 
         Parameters
         ----------
-        direct : L lists of the positions that each query attends itself.
-        regions : L lists of the region numbers that each query attends; none by default.
-        members : R lists: what lies in each region, positions or ``L + r`` for an earlier region r.
+        direct : L lists: the positions that each query attends directly.
+        regions : L lists: the numbers of the regions that each query attends; none by default.
+        members : R lists: the members of each region, positions or ``L + r`` for an earlier region r.
         length : L, by default the number of lists in `direct`.
-        is_causal : whether query i may only see positions up to i.
-        pooling : "max", "mean" or "sum" of the members' keys and queries.
-        size_bias : whether the log of the unmasked positions below a region joins its logit.
-        cover : what a query's parts must cover of its support: "any", what they like; "full", every position at least
-            once; "partition", every position exactly once. What lies below a region counts as often as it lies there.
+        is_causal : whether query i may attend positions up to i only.
+        pooling : "max", "mean" or "sum": how a region's key and query are pooled from its members'.
+        size_bias : whether the log of the number of unmasked positions below a region is added to its logit.
+        cover : how the parts of each query must cover its support: "any", without a condition; "full", every position
+            at least once; "partition", every position exactly once. A position that is several times below a region
+            counts that often.
 
         Raises
         ------
-        TypeError : an argument of the wrong kind, named.
-        ValueError : a position outside the support, a region or member not listed before, a wrong number of lists; the
-            first query whose parts do not cover what they must, with the first position left out or held twice.
+        TypeError : an argument is of the wrong kind; the message names it.
+        ValueError : a position is outside the support, a region or member is not listed before, or the number of lists
+            is wrong; or the parts do not cover a support as they must: the message has the first such query, and the
+            first position that is left out or covered twice.
 
         Notes
         -----
-        Time and memory grow with the number of integers given; "full" takes L / 64 times as long where parts hold a
-        position twice.
+        Time and memory are proportional to the number of integers given; with "full", where parts hold a position
+        twice, the time is L / 64 times that.
         """
         direct_lists = _lists("direct", direct)
         length = len(direct_lists[0]) - 1 if length is None else as_integer("length", length, 0)
@@ -91,6 +95,45 @@ class Plan(_core.Plan):
             choice_number("pooling", pooling, POOLINGS[:3]),
             size_bias,
         )
+
+    @classmethod
+    def from_mask(cls, mask: npt.ArrayLike, *, is_causal: bool | None = None) -> Self:
+        """A plan without regions: query i attends the keys j where ``mask[i, j]`` is True.
+
+        Parameters
+        ----------
+        mask : bool `[L, L]`. A query whose row has no True attends nothing.
+        is_causal : whether the plan is causal; by default it is when no query attends a later key.
+
+        Raises
+        ------
+        TypeError : `mask` is not bool, or `is_causal` is neither bool nor None.
+        ValueError : `mask` has another shape, or a query attends a later key although `is_causal` is True.
+
+        Notes
+        -----
+        Finding the pairs takes O(L^2) time; making the plan, as `from_parts` does, takes O(pairs log(pairs)) time and
+        about 30 bytes of memory a pair. The engine skips rows that 64 consecutive queries all leave out.
+        """
+        seen = as_array("mask", mask, "a bool array")
+        if seen.dtype != bool:
+            raise TypeError(f"mask must be a bool array, True where a query attends a key, got {seen.dtype}")
+        if seen.ndim != 2 or seen.shape[0] != seen.shape[1]:
+            raise ValueError(f"mask must have shape (L, L), got {seen.shape}")
+        if not (is_causal is None or isinstance(is_causal, bool | np.bool_)):
+            raise TypeError(f"is_causal must be a bool or None, got {type(is_causal).__name__}")
+        L = len(seen)
+        offsets = np.zeros(L + 1, np.int64)
+        np.cumsum(np.count_nonzero(seen, axis=1), out=offsets[1:])
+        keys = np.flatnonzero(seen)
+        keys %= max(L, 1)
+        queries = np.flatnonzero(np.diff(offsets))
+        last = keys[offsets[queries + 1] - 1]
+        later = np.flatnonzero(last > queries)
+        if is_causal and later.size:
+            i, j = queries[later[0]], last[later[0]]
+            raise ValueError(f"mask must be False after the query where is_causal is True, got True at [{i}, {j}]")
+        return cls.from_parts((offsets, keys), is_causal=not later.size if is_causal is None else bool(is_causal))
 
     @classmethod
     def from_arrays(
@@ -111,19 +154,19 @@ class Plan(_core.Plan):
         size_bias: bool = False,
         weighted: bool = False,
     ) -> Self:
-        """A plan from its flat arrays, low level: what the engine can run, whether or not a pattern makes it.
+        """A plan from its flat arrays: the low-level way to any plan that the engine can run.
 
         Parameters
         ----------
         wave, task, pool, tile, run, index, mask : as in ``Plan.arrays`` and, field by field, in csrc/combiner.h.
         length, regions, scratch : L, R and N, the rows of the table.
-        pooling : also "first", the first child with an unmasked position below it.
-        weighted : ``k_R = sum_j p(j | R) k_j`` in place of the pool.
+        pooling : as in `from_parts`, or "first": the first child with an unmasked position below it.
+        weighted : whether k_R is ``sum_j p(j | R) k_j`` instead of a pooled key.
 
         Raises
         ------
-        TypeError : an array that does not hold integers.
-        ValueError : a wrong shape, or what is broken in the plan: bounds, order, a row written twice.
+        TypeError : an array does not hold integers.
+        ValueError : a shape is wrong, or the arrays break a rule of plans: bounds, order, a row written twice.
         """
         return cls._from_arrays(
             wave,
@@ -142,26 +185,68 @@ class Plan(_core.Plan):
             weighted,
         )
 
+    def to_mask(self) -> Array:
+        """The positions that each query's parts cover, directly or in a region: bool `[L, L]`.
+
+        The inverse of `from_mask` for plans without regions. A plan knows no key mask. O(L^2) memory; time is
+        proportional to the number of True cells.
+        """
+        L = self.length
+        mask = np.zeros((L, L), bool)
+        query, row = attended(self)
+        is_query = query < L  # others are the regions', of stage 1
+        query, row = query[is_query], row[is_query]
+        is_direct = row < L
+        mask[query[is_direct], row[is_direct]] = True
+        query, row = query[~is_direct], row[~is_direct]
+        query = query[np.argsort(row, kind="stable")]
+        regions, counts = np.unique(row, return_counts=True)
+        for region, (first, end) in zip(regions - L, pairwise([0, *np.cumsum(counts)]), strict=True):
+            mask[np.ix_(query[first:end], self.regions[region])] = True
+        return mask
+
+    def __copy__(self) -> Self:
+        """Itself: a plan never changes."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Itself: a plan never changes."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds the flat arrays; reading it checks them as `from_arrays` does."""
+        make = partial(
+            type(self).from_arrays,
+            length=self.length,
+            regions=self.region_count,
+            scratch=self.scratch_count,
+            is_causal=self.is_causal,
+            pooling=self.pooling,  # type: ignore[arg-type]
+            size_bias=self.size_bias,
+            weighted=self.weighted,
+        )
+        return make, tuple(self.arrays.values())
+
     @property
     def pooling(self) -> str:
-        """How a region's key and query come from its members': "max", "mean", "sum" or "first"."""
+        """How a region's key and query are pooled from its members', "max", "mean", "sum" or "first"."""
         return POOLINGS[self._pooling]
 
     @property
     def regions(self) -> tuple[Array, ...]:
-        """The positions below each region, ascending, in region order: R read-only int64 arrays.
+        """The positions below each region, ascending, in region order, R read-only int64 arrays.
 
-        Expanded from the pool steps, so that regions which no query attends are listed too. Computed once; O(their
-        total size).
+        They are read from the pool steps, so regions that no query attends are listed too. Computed at the first use;
+        O(total size of the regions).
         """
         try:
             return self._regions
         except AttributeError:
-            self._regions = tuple(_positions(self))
+            self._regions = tuple(positions_below(self).values())
             return self._regions
 
     def _measured(self) -> tuple[int, int, int, bool, bool]:
-        """Pairs attended, summarised and computed; whether the plan is a partition, and full. Computed once."""
+        """Pairs attended, summarized and computed; is_partition; is_full. Computed at the first use."""
         try:
             return self._facts
         except AttributeError:
@@ -170,17 +255,18 @@ class Plan(_core.Plan):
 
     @property
     def is_partition(self) -> bool:
-        """Whether each query's parts cover its support exactly once, masks aside. O(pairs) at first."""
+        """Whether each query's parts cover its support exactly once, masks aside. The first use takes O(pairs)."""
         return self._measured()[3]
 
     @property
     def is_full(self) -> bool:
-        """Whether each query's parts cover all of its support, masks aside. O(pairs) at first."""
+        """Whether each query's parts cover its support at least once, masks aside. The first use takes O(pairs)."""
         return self._measured()[4]
 
     @property
     def pairs(self) -> int:
-        """Direct keys and regions attended, summed over the queries; dense attention has ``L * L``."""
+        """Direct keys and regions attended, summed over the queries. Dense attention has ``L * L``, or causal
+        ``L (L + 1) / 2``."""
         return self._measured()[0]
 
     def flops(self, dim: int, value_dim: int | None = None, *, backward: bool = False) -> int:
@@ -199,6 +285,19 @@ class Plan(_core.Plan):
         attended, summarized, *_ = self._measured()
         return 2 * (attended + summarized) * (3 * D + 2 * Dv if backward else D + Dv)
 
+    def _only_length(self) -> int:
+        return self.length
+
+    def _causalities(self) -> tuple[bool, ...]:
+        return (self.is_causal,)
+
+    def _plans(self, length: int, is_causal: bool) -> Self:
+        if length != self.length:
+            raise ValueError(f"length must be {self.length}, the plan's, got {length}")
+        if is_causal and not self.is_causal:
+            raise ValueError("is_causal must be False with a bidirectional plan, got True")
+        return self
+
     def __repr__(self) -> str:
         return (
             f"Plan(length={self.length}, is_causal={self.is_causal}, regions={self.region_count}, "
@@ -206,91 +305,40 @@ class Plan(_core.Plan):
         )
 
 
-def is_real(x: object) -> TypeGuard[Array]:
-    """Whether `x` is a NumPy array of a dtype that the library computes with."""
-    return isinstance(x, np.ndarray) and (x.dtype in (np.float32, np.float64, np.float16) or x.dtype.name == "bfloat16")
-
-
-def widened(x: Array) -> Array:
-    """The numbers of a 16-bit dtype as float32; others as they are."""
-    return x.astype(np.float32) if x.dtype.itemsize == 2 else x
-
-
-def as_integer(name: str, value: object, least: int, *, bits: int = 63) -> int:
-    """`value` as an int of at most that many bits and at least `least`; bool is not an integer here."""
-    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    number = operator.index(value)
-    if not least <= number < 1 << bits:
-        raise ValueError(f"{name} must be at least {least} and fit 64 bits, got {number}")
-    return number
-
-
-def choice_number(name: str, value: object, choices: Sequence[str]) -> int:
-    """The C library's number of a choice."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {type(value).__name__}")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return choices.index(value)
-
-
 def _lists(name: str, given: Lists) -> tuple[Array, Array]:
     """(offsets, items) of integer lists."""
-    if isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, np.ndarray) for part in given):
-        return cast(tuple[Array, Array], given)
     try:
-        lengths = [len(part) for part in given]
-        items = np.fromiter(map(operator.index, chain.from_iterable(_plain(part) for part in given)), np.int64)
-    except (TypeError, OverflowError) as error:
-        raise type(error)(
-            f"{name} must be a sequence of integer sequences or (offsets, items) arrays: {error}"
-        ) from None
+        return _read_lists(given)
+    except (NotImplementedError, OverflowError, TypeError, ValueError) as error:
+        kind = OverflowError if isinstance(error, OverflowError) else TypeError
+        raise kind(f"{name} must be a sequence of integer sequences or (offsets, items) arrays: {error}") from None
+
+
+def _read_lists(given: Lists) -> tuple[Array, Array]:
+    if isinstance(given, tuple) and len(given) == 2 and all(isinstance(part, np.ndarray) for part in given):
+        offsets, items = cast(tuple[Array, Array], given)
+        _refuse_bools((offsets.dtype.type, items.dtype.type))
+        return offsets, items
+    kinds: set[type] = set()
+    for part in given:
+        kinds.update(_kinds(part))
+    _refuse_bools(kinds)
+    lengths = [len(part) for part in given]
+    items = np.fromiter(map(operator.index, chain.from_iterable(_plain(part) for part in given)), np.int64)
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]), items
+
+
+def _kinds(part: Iterable[int]) -> Iterable[type]:
+    """The types of a list's items."""
+    return (part.dtype.type,) if isinstance(part, np.ndarray) and part.dtype != object else set(map(type, part))
 
 
 def _plain(part: Iterable[int]) -> Iterable[int]:
     return part.tolist() if isinstance(part, np.ndarray) else part
 
 
-def attended(plan: Plan) -> tuple[Array, Array]:
-    """Who attends what, spelled out from the tiles: int64 arrays (query, row) `[pairs]`, by query, then row.
-
-    Both are rows of the table: a position, or L + r for region r, which as a query attends its members (stage 1).
-    Regions that no position needs do not. O(pairs log(pairs)) of both stages.
-    """
-    arrays = plan.arrays
-    queries, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for (*query_list, run, _), (*_, last_run, _) in pairwise(arrays["tile"].tolist()):
-        query = _rows(arrays["index"], *query_list)
-        for *row_list, mask in arrays["run"][run:last_run].tolist():
-            row = _rows(arrays["index"], *row_list)
-            seen = np.ones((len(query), len(row)), bool)
-            if mask >= 0:
-                lane = np.arange(len(query), dtype=np.uint64)
-                seen = (arrays["mask"][mask : mask + len(row)] >> lane[:, None] & np.uint64(1)).astype(bool)
-            t, n = np.nonzero(seen)
-            queries.append(query[t])
-            rows.append(row[n])
-    query, row = np.concatenate(queries), np.concatenate(rows)
-    order = np.lexsort((row, query))
-    return query[order], row[order]
-
-
-def _rows(index: Array, start: int, step: int, count: int) -> Array:
-    """The table rows of a list, spelled out (cmb_list)."""
-    return np.arange(start, start + step * count, step) if step else index[start : start + count].astype(np.int64)
-
-
-def _positions(plan: Plan) -> list[Array]:
-    """The positions below each region, from the pool steps of the flat arrays."""
-    L, arrays = plan.length, plan.arrays
-    below: dict[int, Array] = {}  # by row; a scratch row is written before it is read in each task
-    for row, *child_list in arrays["pool"].tolist():
-        children = _rows(arrays["index"], *child_list)
-        parts = [children[children < L], *(below[child] for child in children[children >= L].tolist())]
-        below[row] = np.unique(np.concatenate(parts))
-        below[row].flags.writeable = False
-    nothing = np.zeros(0, np.int64)
-    nothing.flags.writeable = False
-    return [below.get(L + r, nothing) for r in range(plan.region_count)]
+def _refuse_bools(kinds: Iterable[type]) -> None:
+    if any(issubclass(kind, bool | np.bool_) for kind in kinds):
+        raise TypeError(
+            "a bool is no position; Plan.from_mask makes a plan of a mask, np.flatnonzero lists where its row is True"
+        )

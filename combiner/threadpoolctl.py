@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Importing this has threadpoolctl count combiner's threads among those it limits, as user_api "combiner".
+"""Registers combiner with threadpoolctl, which then limits combiner's threads too, as user_api "combiner".
 
-Importing combiner does it too where threadpoolctl is imported already; combiner itself imports NumPy alone, and leaves
-Python's import as it is.
+`import combiner` does the same where threadpoolctl is already imported. It imports nothing but NumPy otherwise.
 
     import combiner.threadpoolctl
 
@@ -18,22 +17,22 @@ from . import _core, process
 
 
 class CombinerController(threadpoolctl.LibController):
-    """What threadpoolctl asks of a library: the number of threads, for the whole process, and the version."""
+    """The interface of threadpoolctl to the number of threads of the process, and to the version."""
 
     user_api = internal_api = "combiner"
     filename_prefixes = ("_core",)
     check_symbols = ("cmb_get_num_threads",)  # other packages have a _core too
 
     def get_num_threads(self) -> int:
-        """Threads that a call may use."""
+        """The number of threads that a call may use."""
         return process.get_num_threads()
 
     def set_num_threads(self, num_threads: int) -> None:
-        """As ``combiner.set_num_threads``."""
+        """Calls ``combiner.set_num_threads``."""
         process.set_num_threads(num_threads)
 
     def get_version(self) -> str:
-        """That of combiner."""
+        """The version of combiner."""
         return _core.VERSION
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the pictures of docs/patterns.md: each pattern causal, bidirectional and beside its sparse baseline.
 
-python docs/gallery.py            # into docs/patterns
-python docs/gallery.py FOLDER
+The pictures of docs/looking.md are drawn by running the code that stands above each of them.
+
+python docs/gallery.py            # into docs/patterns and docs/looking
+python docs/gallery.py FOLDER     # into FOLDER/patterns and FOLDER/looking
 """
 
 import re
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,9 +23,21 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 import combiner.plot
-from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Plan, Routing, Tree
-from combiner.plan import attended
-from combiner.plot import DIRECT, NOTHING, OUTSIDE, REGION, SEVERAL
+from combiner import (
+    Axial,
+    AxialMixture,
+    Dense,
+    Fixed,
+    HeavilyCompressed,
+    LogSparse,
+    Plan,
+    Routing,
+    Selected,
+    Tree,
+    Window,
+)
+from combiner.plan_lists import attended
+from combiner.plot import DIRECT, DIRECT_TOO, NOTHING, OUTSIDE, REGION, SEVERAL
 
 DOCS = Path(__file__).parent
 L, WIDTH = 64, 8
@@ -32,6 +47,7 @@ LEFT, GAP, TOP, MIDDLE, BOTTOM, RIGHT = 84, 68, 46, 64, 118, 24
 PATTERNS = {
     "dense": Dense(),
     "fixed": Fixed(8),
+    "fixed_window": Fixed(8, window=8),
     "logsparse": LogSparse(),
     "hierarchical": LogSparse(hierarchical=True),
     "vertical": Axial(WIDTH),
@@ -40,6 +56,9 @@ PATTERNS = {
     "mixture": AxialMixture(WIDTH),
     "tree": Tree(4),
     "routing": Routing(np.random.default_rng(7).integers(0, 4, 16).repeat(4)),  # stretches of four, like topics
+    "window": Window(12),
+    "selected": Selected(Fixed(8), [[0, 0], [0, 1], [1, 3], [0, 4]], block=16),
+    "heavily_compressed": HeavilyCompressed(8, 12),
 }
 QUERY = 35  # whose view of the rows of 8 is drawn
 
@@ -47,16 +66,17 @@ Panel = tuple[str, Callable[[Axes], object]]  # its title, and what draws it
 
 
 def example() -> Plan:
-    """The plan that the code in patterns.md makes."""
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "patterns.md").read_text(), re.DOTALL)
+    """The plan that the first code in guides/own_patterns.md makes."""
+    path = DOCS / "guides" / "own_patterns.md"
+    code, *_ = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
     names: dict = {}
-    exec(compile(code, "patterns.md", "exec"), names)
+    exec(compile(code, path, "exec"), names)
     return names["plan"]
 
 
 def matrix(plan: Plan, name: str) -> Panel:
     """All queries by all keys."""
-    return f"{name}: {plan.pairs:,} pairs", lambda ax: combiner.plot.draw_pattern(plan, ax=ax)
+    return f"{name}: {plan.pairs:,} pairs", lambda ax: combiner.plot.draw_pattern(plan, legend=False, ax=ax)
 
 
 def view(plan: Plan, query: int, name: str) -> Panel:
@@ -68,7 +88,7 @@ def view(plan: Plan, query: int, name: str) -> Panel:
     part = part.reshape(-1, WIDTH)
 
     def draw(ax: Axes) -> None:
-        colour = combiner.plot.draw_pattern(plan).images[0].get_array()[query]
+        colour = combiner.plot.draw_pattern(plan, ax=Figure().subplots()).images[0].get_array()[query]
         ax.imshow(colour.reshape(*part.shape, 3), interpolation="nearest")
         for y, x in np.argwhere(part[:, 1:] != part[:, :-1]):
             ax.plot([x + 0.5, x + 0.5], [y - 0.5, y + 0.5], color="white", linewidth=1.2)
@@ -125,7 +145,7 @@ def picture(large: list[Panel], small: list[Panel], hues: dict[str, str], across
 
 def draw(name: str) -> Figure:
     """The picture of one pattern."""
-    hues = {"direct": DIRECT, "regions, neighbours in different shades": REGION[4]}
+    hues = {"direct": DIRECT, "regions, neighbours in different shades": REGION[3]}
     if name == "image":
         plan = example()
         views = [view(plan, y * WIDTH + x, f"what pixel ({y}, {x}) sees") for y, x in ((1, 1), (4, 5))]
@@ -139,11 +159,24 @@ def draw(name: str) -> Figure:
         return picture(panels, small, {**hues, "the future": OUTSIDE}, PANEL)
     panels.append(matrix(pattern.sparse().plan(L, True), "sparse, causal"))
     if name == "mixture":
-        hues = {"direct": DIRECT, "two regions, in the first one's shade": SEVERAL[4]}
+        hues = {"direct": DIRECT, "two regions, in the first one's shade": SEVERAL[3]}
+    if name == "heavily_compressed":
+        hues = {"direct": DIRECT, "direct and in a region": DIRECT_TOO, "regions": REGION[3]}
     if isinstance(pattern, Axial | AxialMixture):
         small.append(view(causal, QUERY, f"query {QUERY}, causal"))
         small.append(view(bidirectional, QUERY, "bidirectional"))
     return picture(panels, small, {**hues, "not attended": NOTHING, "the future": OUTSIDE})
+
+
+def from_code(document: Path) -> dict[str, Figure]:
+    """The pictures of a document whose code draws them: the current figure at the end of the code above a picture."""
+    figures = {}
+    text = document.read_text()
+    for code, path in re.findall(r"```python\n((?:(?!```).)*)```\n\n!\[[^\]]+\]\(([\w/.]+)\)", text, re.DOTALL):
+        exec(compile(code, document.name, "exec"), {})
+        figures[path] = plt.gcf()
+        plt.figure()
+    return figures
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -151,17 +184,18 @@ def save(figure: Figure, path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    path.parent.mkdir(parents=True, exist_ok=True)
     drawn.quantize(255, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS / "patterns"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS
     with matplotlib.rc_context({"font.size": 15, "axes.titlesize": 17}):
         for name in [*PATTERNS, "image"]:
-            path = folder / f"{name}.png"
-            save(draw(name), path)
-            print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+            save(draw(name), folder / "patterns" / f"{name}.png")
+    for path, figure in from_code(DOCS / "looking.md").items():
+        save(figure, folder / path)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 
 A plain transformer: an embedding of the last three bytes, then blocks of attention and MLP, then a softmax over the
 next byte. Each query attends by Combiner-Fixed: its own span key by key, every earlier span through a summary. The
-training step, which is loss, gradients and Adam, is one compiled function, in which XLA calls the attention on its own
-buffers. The score is the number of bits per byte on files that the training never saw.
+training step (loss, gradients and Adam) is one compiled function, in which XLA calls the attention on XLA's buffers.
+The score is the number of bits per byte on files that are not trained on.
 
     python examples/jax_step.py                 # under a minute
     python examples/jax_step.py --steps 100     # fewer steps
@@ -57,7 +57,7 @@ def windows(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
 
 
 def initial_weights(key: jax.Array) -> Weights:
-    """Matrices map rows by `rows @ matrix`. What adds to the residual stream is zero: blocks start as identity."""
+    """Matrices map rows by `rows @ matrix`. The last matrix of each branch is zero: blocks start as identity."""
     E = WIDTH
     keys = iter(jax.random.split(key, 1 + 2 * DEPTH))
     p = {"embedding": jax.random.normal(next(keys), (RECENT, BYTES, E)) * E**-0.5}
@@ -77,7 +77,7 @@ def normalise(x: jax.Array, gain: jax.Array) -> jax.Array:
 
 
 def logits(p: Weights, tokens: jax.Array, pattern: combiner.patterns.Pattern) -> jax.Array:
-    """Of the byte after each of tokens [B, L]: [B, L, 256]."""
+    """Logits of the byte after each of tokens [B, L]: [B, L, 256]."""
     L = tokens.shape[1]
     padded = jnp.pad(tokens, ((0, 0), (RECENT - 1, 0)))
     x = sum(table[padded[:, n : n + L]] for n, table in enumerate(p["embedding"]))
@@ -91,7 +91,7 @@ def logits(p: Weights, tokens: jax.Array, pattern: combiner.patterns.Pattern) ->
 
 
 def loss(p: Weights, rows: jax.Array, pattern: combiner.patterns.Pattern) -> jax.Array:
-    """Mean bits per byte of rows [B, L + 1], but for the first of each."""
+    """Mean bits per byte of rows [B, L + 1], without the first byte of each row."""
     tokens, targets = rows[:, :-1].astype(jnp.int32), rows[:, 1:, None].astype(jnp.int32)
     log_p = jax.nn.log_softmax(logits(p, tokens, pattern))
     return -jnp.mean(jnp.take_along_axis(log_p, targets, axis=-1)) / math.log(2)
@@ -105,7 +105,7 @@ def step(
     rate: float,
     pattern: combiner.patterns.Pattern,
 ) -> tuple[tuple[Weights, Weights, Weights], jax.Array]:
-    """Step `number` (from 1) of Adam on (weights, means, squares); the new ones, and the bits per byte before it."""
+    """Step `number` (from 1) of Adam on (weights, means, squares): the new state, and the bits per byte before."""
     p, mean, square = state
     bits, grad = jax.value_and_grad(loss)(p, rows, pattern)
     mean = jax.tree.map(lambda m, g: m + 0.1 * (g - m), mean, grad)

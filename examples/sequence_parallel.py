@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training step of an attention layer, its sequence spread over two processes.
 
-Each process holds half of the positions. For attention they send each other summaries alone, where ring attention sends
-all keys and values. Each holds all weights, and what they find for their gradients is added up. The same step in one
-process on the whole sequence says what should come out.
+Each process holds half of the positions and all weights. For attention they send each other summaries only, where ring
+attention sends all keys and values. The gradients of the weights are summed over the processes. The result is compared
+with the same step in one process on the whole sequence.
 
     python examples/sequence_parallel.py            # half a minute; needs torch
     python examples/sequence_parallel.py --ranks 4 --length 16384
@@ -27,7 +27,7 @@ PATTERNS = (Fixed(64), Tree(8, 3), LogSparse(), LogSparse(hierarchical=True), Ax
 
 
 class Layer(nn.Module):
-    """x `[1, n, E]` -> `[1, n, E]`: causal attention of a sequence of which each rank of the group has n positions."""
+    """x `[1, n, E]` -> `[1, n, E]`: causal attention of a sequence; each rank of the group holds n of its positions."""
 
     def __init__(self, pattern, group):
         super().__init__()
@@ -41,7 +41,7 @@ class Layer(nn.Module):
 
 
 def step(pattern, group, x, target):
-    """The loss and the gradient of all weights, from this rank's positions x and target and those of the others."""
+    """The loss and the gradient of all weights, of the whole sequence; x and target are this rank's positions."""
     torch.manual_seed(1)  # the same weights everywhere
     layer = Layer(pattern, group)
     loss = nn.functional.mse_loss(layer(x), target) / dist.get_world_size(group)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a small byte-level language model on the Python standard library's own sources, in PyTorch.
 
-What it shows of combiner: `CombinerAttention` in place of ``torch.nn.MultiheadAttention``, and its decoder, which
-writes the sample byte by byte and keeps of the past what later bytes attend, for the most part summaries. The score is
-the number of bits per byte on files that the training never saw, beside that of the bytes' counts.
+It shows `CombinerAttention` in place of ``torch.nn.MultiheadAttention``, and the module's decoder. The decoder writes
+the sample byte by byte, and keeps only the rows that later bytes attend, most of which are summaries. The score is the
+number of bits per byte on files that are not trained on, beside that of unigram and bigram counts.
 
     python examples/torch_bytes.py                  # less than a minute on two cores
     python examples/torch_bytes.py --length 8192    # longer context
@@ -32,12 +32,12 @@ LEARNING_RATE = 4e-3
 
 
 class Block(nn.Module):
-    """Attention and an MLP, which add to what comes in."""
+    """Attention and an MLP, each added to its input."""
 
     def __init__(self, dim: int, pattern: combiner.Fixed):
         super().__init__()
         self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = CombinerAttention(dim, HEADS, pattern, is_causal=True, bias=False)
+        self.attention = CombinerAttention(dim, HEADS, pattern, batch_first=True, is_causal=True, bias=False)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Logits of the byte after each of tokens [B, L], which are embedded with the bytes before them."""
+    """Logits of the byte after each of tokens [B, L]. A token is embedded together with the bytes before it."""
 
     def __init__(self, dim: int, pattern: combiner.Fixed):
         super().__init__()
@@ -55,7 +55,7 @@ class Model(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, BYTES))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[B, L, E], of the last `RECENT` bytes up to each, zeros before the first: the only encoding of positions."""
+        """[B, L, E]: each position's last `RECENT` bytes, zeros before the first: the only encoding of positions."""
         padded = functional.pad(tokens, (RECENT - 1, 0))
         return sum(table(padded[:, n : n + tokens.shape[1]]) for n, table in enumerate(self.embeddings))
 
@@ -67,7 +67,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompt: Tensor, count: int) -> bytes:
-        """`count` bytes after the prompt [L], at temperature 0.7; each costs what one position attends."""
+        """`count` bytes after the prompt [L], at temperature 0.7. The cost of a byte is that of one query."""
         decoders = [block.attention.decoder() for block in self.blocks]
         tokens = prompt[None]
         for n in range(count):
@@ -100,7 +100,7 @@ def main() -> None:
     if args.length <= args.span:
         parser.error(f"--length must be greater than --span, got {args.length} and {args.span}")
     started = time.perf_counter()
-    torch.set_num_threads(1)  # more of them wait in loops, which costs a machine that others use too more than it gains
+    torch.set_num_threads(1)  # more threads spin while they wait, which slows other work on the machine
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     print(f"combiner {combiner.__version__}, PyTorch {torch.__version__}: {combiner.info()}")

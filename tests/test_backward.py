@@ -1,50 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backward passes against the reference, and against finite differences of the library's own forward."""
+"""The backward passes beside the sweep of test_attention.py: slopes of the library's own forward, ties, repetition."""
 
 import numpy as np
 import pytest
-from cases import STAGED, Judge, close, each_isa, grid, problem
+from cases import agree
 
 import combiner
 from combiner import Fixed, LogSparse, reference
-
-
-@pytest.mark.parametrize("case", grid(), ids=str)
-def test_attention(case):
-    judge = Judge(problem(case))
-    for _ in each_isa():
-        for dtype in (np.float32, np.float64):
-            p = judge.problem.as_type(dtype)
-            _, saved = combiner.attention_forward(*p.inputs, p.pattern, **p.options)
-            gradients = combiner.attention_backward(p.grad_out, saved, grad_lse=p.grad_lse)
-            assert all(x.dtype == dtype for x in gradients if x is not None)
-            judge.accepts_backward(gradients)
-
-
-@pytest.mark.parametrize("case", STAGED, ids=str)
-def test_stages(rng, case):
-    p = problem(case)
-    rest = p.of_attend
-    summary, saved = combiner.summarize_forward(*p.inputs, p.pattern, **p.of_summarize)
-    _, exact = reference.summarize_forward(*p.inputs, p.pattern, **p.of_summarize)
-    cotangents = [rng.standard_normal(x.shape) for x in summary[:2]]
-    for given in (cotangents, [cotangents[0], None], [None, cotangents[1]]):
-        agree(combiner.summarize_backward(*given, saved), reference.summarize_backward(*given, exact))
-
-    inputs = (*p.inputs, summary.key, summary.value, p.pattern)
-    _, saved = combiner.attend_forward(*inputs, **rest)
-    _, exact = reference.attend_forward(*inputs, **rest)
-    agree(
-        combiner.attend_backward(p.grad_out, saved, grad_lse=p.grad_lse),
-        reference.attend_backward(p.grad_out, exact, grad_lse=p.grad_lse),
-    )
-
-
-def agree(actual, expected) -> None:
-    for name, x, exact in zip(actual._fields, actual, expected, strict=True):
-        assert (x is None) == (exact is None), name
-        if x is not None:
-            close(x, exact, 1e-10 * (1 + np.abs(exact).max(initial=0)), name)
 
 
 @pytest.mark.parametrize("is_causal", (True, False))

@@ -7,10 +7,10 @@ Compared as bytes, but for -0 and +0 where a sum ends in exact zeros. One test s
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import Clustered, each_isa
+from cases import Clustered, Opened, each_isa
 
 import combiner
-from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Routing, Tree
+from combiner import Axial, AxialMixture, Dense, Fixed, HeavilyCompressed, LogSparse, Routing, Tree, Window
 
 PATTERNS = [
     Dense(),
@@ -33,6 +33,22 @@ PATTERNS = [
     Clustered(7),
     Clustered(100),
     Clustered(5).sparse(),
+    Window(1),
+    Window(20),
+    Window(100),
+    Fixed(8, window=12),
+    Fixed(70, window=20),
+    Fixed(16, window=50).sparse(),
+    Opened(Fixed(8), 64),
+    Opened(Fixed(5), 32),
+    Opened(Fixed(7), 20),
+    Opened(Fixed(8, window=12), 1),
+    Opened(Fixed(70), 1, 2),
+    Opened(Fixed(5), 16).sparse(),
+    Opened(Fixed(5), 16, open=False),
+    HeavilyCompressed(1, 1),
+    HeavilyCompressed(8, 12),
+    HeavilyCompressed(70, 20),
 ]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 both_directions = pytest.mark.parametrize("is_causal", (True, False))
@@ -96,6 +112,17 @@ LONG = [  # beyond the sizes of tasks and of chunks
     Tree(13),
     Clustered(40),
     Clustered(600),
+    Window(16),
+    Window(600),
+    Fixed(16, window=16),
+    Fixed(128, window=100),
+    Fixed(600, window=1000),
+    Opened(Fixed(64), 64),
+    Opened(Tree(5), 16),
+    Opened(LogSparse(), 1),
+    HeavilyCompressed(16, 16),
+    HeavilyCompressed(128, 128),
+    HeavilyCompressed(600, 300),
 ]
 
 

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 
 import combiner
-from combiner import Axial, AxialMixture, Decoder, Dense, Fixed, LogSparse, Mixture, Routing, Tree
+from combiner import (
+    Axial,
+    AxialMixture,
+    Decoder,
+    Dense,
+    Fixed,
+    HeavilyCompressed,
+    LogSparse,
+    Mixture,
+    Routing,
+    Tree,
+    Window,
+)
 
 PATTERNS = {
     "dense": Dense,
@@ -33,6 +45,14 @@ PATTERNS = {
     "sparse fixed": lambda **options: Fixed(7, **options).sparse(),
     "sparse logsparse": lambda **options: LogSparse(**options).sparse(),
     "sparse tree": lambda **options: Tree(5, **options).sparse(),
+    "window1": lambda **options: Window(1, **options),
+    "window7": lambda **options: Window(7, **options),
+    "window100": lambda **options: Window(100, **options),
+    "sparse heavy": lambda **options: HeavilyCompressed(4, 7, **options).sparse(),
+    "heavy": lambda **options: HeavilyCompressed(4, 7, **options),
+    "fixed7 window3": lambda **options: Fixed(7, window=3, **options),
+    "fixed7 window30": lambda **options: Fixed(7, window=30, **options),
+    "sparse window": lambda **options: Fixed(7, window=5, **options).sparse(),
 }
 OPTIONS = [
     {"pooling": pooling, "size_bias": size_bias}
@@ -50,6 +70,7 @@ SPAN = {
     "tree9.1": 9,
     "sparse tree": 5,
     "dense": 8,
+    "window1": 1,
 }
 L = 70  # crosses several nodes of each size
 
@@ -87,7 +108,7 @@ def accept(out, inputs, pattern, **options):
     ):
         summary = combiner.summarize(*inputs, pattern, is_causal=True, **options)
         largest = max(1.0, np.abs(summary.key).max())
-    tolerance = {np.float32: 1e-6, np.float64: 1e-12}[out.dtype.type]
+    tolerance = {np.float32: 2e-6, np.float64: 1e-12}[out.dtype.type]  # both round, each from plans of its own
     assert np.abs(out - expected).max(initial=0) <= tolerance * largest
 
 
@@ -157,7 +178,7 @@ def test_shapes_without_heads_and_with_more_axes(name, rng):
 @pytest.mark.parametrize(
     "pattern",
     (Dense(), Fixed(32), LogSparse(), LogSparse(hierarchical=True), Tree(5), Tree(4, 3), Fixed(16).sparse(),
-     LogSparse().sparse(), Axial(32), Axial(32, "horizontal"), Axial(32, "rowmajor", "weighted")),
+     LogSparse().sparse(), Axial(32), Axial(32, "horizontal"), Axial(32, "rowmajor", "weighted"), Window(1500)),
     ids=repr,
 )  # fmt: skip
 @pytest.mark.parametrize("prefill", (2048, 2999))
@@ -229,8 +250,9 @@ def test_reset_begins_anew(rng):
         (Axial(8, "horizontal"), lambda n: 2 * n + 200),
         (Axial(8, "rowmajor"), lambda n: n + 200),
         (LogSparse().sparse(), lambda n: 16),
+        (Window(40), lambda n: 80),
     ],
-    ids=repr,
+    ids=lambda x: "rows" if callable(x) else repr(x),
 )
 def test_memory_grows_geometrically(pattern, rows, rng):
     """The caches are what later queries need, with at most half as much again, and change log(L) times."""
@@ -243,22 +265,6 @@ def test_memory_grows_geometrically(pattern, rows, rng):
         assert decoder.nbytes <= 6 * 8 * (1.5 * rows(first + 1) + 2 * 24)  # q, k, v of 2 features; the least size is 16
     assert len(set(sizes)) <= 2 * (2 + np.log(3000 / 16) / np.log(1.5))  # two tables
     assert sizes == sorted(sizes)
-
-
-def test_an_interrupted_call_leaves_an_empty_decoder(rng, monkeypatch):
-    inputs = draw(rng, np.float64)
-    decoder = Decoder(Fixed(7))
-    decoder.prefill(*tokens(inputs, 0, 20))
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("combiner.decode.summarize", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            decoder.step(*tokens(inputs, 20, 30))
-    assert decoder.length == 0
-    accept(decode(decoder, inputs, 20, 3), inputs, Fixed(7))
 
 
 ONE = np.zeros((2, 4, 1, 8), np.float32)
@@ -274,10 +280,14 @@ ONE = np.zeros((2, 4, 1, 8), np.float32)
             ValueError,
             "pattern must have a span, the default depends on the length, got Fixed().sparse()",
         ),
-        (AxialMixture(4), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree or Axial"),
-        (Mixture(Dense()), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree or Axial"),
-        (Routing(np.zeros(8, int)), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree or Axial"),
-        (Routing(np.zeros(8, int)).sparse(), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree or Axial"),
+        (AxialMixture(4), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree, Axial or Window"),
+        (Mixture(Dense()), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree, Axial or Window"),
+        (Routing(np.zeros(8, int)), ValueError, "pattern must be Dense, Fixed, LogSparse, Tree, Axial or Window"),
+        (
+            Routing(np.zeros(8, int)).sparse(),
+            ValueError,
+            "pattern must be Dense, Fixed, LogSparse, Tree, Axial or Window",
+        ),
         (Fixed(4).plan(8, True), ValueError, "pattern must be of any length, got a Plan"),
         (Fixed(4).plan(8), ValueError, "pattern must be of any length, got a Plan"),
         ((Fixed(4).plan(8),), ValueError, "pattern must be of any length, got a tuple"),
@@ -356,13 +366,42 @@ def test_arguments_refused(begun, rng):
             assert np.abs(out - expected).max() <= 1e-6
 
 
-def test_prefill_comes_once(rng):
+def test_prefill_comes_at_any_time(rng):
     inputs = draw(rng, np.float32)
     decoder = Decoder(Fixed(4))
     assert decoder.prefill(*tokens(inputs, 0, 0)).shape == (2, 2, 0, 5)
-    decoder.prefill(*tokens(inputs, 0, 3))
-    with pytest.raises(ValueError, match="prefill must come before all other tokens, got it at length 3"):
-        decoder.prefill(*tokens(inputs, 3, 6))
-    assert decoder.step(*tokens(inputs, 3, 3)).shape == (2, 2, 0, 5)
-    assert decoder.length == 3
-    assert repr(decoder) == "<Decoder(Fixed(span=4)) of length 3>"
+    out = [decoder.prefill(*tokens(inputs, 0, 3)), decoder.prefill(*tokens(inputs, 3, 60))]
+    assert decoder.step(*tokens(inputs, 60, 60)).shape == (2, 2, 0, 5)
+    assert decoder.length == 60
+    assert repr(decoder) == "<Decoder(Fixed(span=4)) of length 60>"
+    out.append(decoder.prefill(*tokens(inputs, 60, L)))
+    assert np.array_equal(np.concatenate(out, axis=-2), combiner.attention(*inputs, Fixed(4), is_causal=True))
+
+
+@pytest.mark.parametrize(
+    "pattern", [Dense(), Fixed(4), LogSparse(), Tree(2), Axial(4), Axial(4, "rowmajor"), Window(4)], ids=str
+)
+@pytest.mark.parametrize("lead", [(), (2,), (0,)], ids=str)
+def test_no_query_heads(pattern, lead):
+    """Keys and values without a query: an empty result, as `attention` gives it, was a failed broadcast."""
+    q, k = np.ones((*lead, 0, 9, 4)), np.ones((*lead, 2, 9, 4))
+    decoder = Decoder(pattern)
+    assert decoder.prefill(q, k, k).shape == (*lead, 0, 9, 4) == combiner.attention(q, k, k, pattern).shape
+    for n in (1, 0, 7):
+        assert decoder.step(q[..., :n, :], k[..., :n, :], k[..., :n, :]).shape == (*lead, 0, n, 4)
+    assert decoder.length == 17 and decoder.nbytes == 0
+
+
+def test_a_step_without_an_axis_of_tokens():
+    """`q[:, 1]` is a token of [heads, D]; its heads were taken for tokens."""
+    q = np.ones((3, 8, 4))
+    decoder = Decoder(Fixed(4))
+    decoder.prefill(q, q, q)
+    with pytest.raises(
+        ValueError, match=r"query must have an axis of tokens, \(3, 1, 4\) for one of them, got \(3, 4\)"
+    ):
+        decoder.step(q[:, 1], q[:, 1], q[:, 1])
+    with pytest.raises(
+        ValueError, match=r"value must have an axis of tokens, \(3, 1, 4\) for one of them, got \(3, 4\)"
+    ):
+        decoder.step(q[:, :1], q[:, :1], q[:, 1])

@@ -6,24 +6,34 @@ import datetime
 import functools
 import itertools
 import math
-import os
 import pickle
-import subprocess
-import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
+from fresh import TIMEOUT, run_file
 
 import combiner
-from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Mixture, Routing, Tree, reference
+from combiner import (
+    Axial,
+    AxialMixture,
+    Dense,
+    Fixed,
+    HeavilyCompressed,
+    LogSparse,
+    Mixture,
+    Routing,
+    Tree,
+    Window,
+    reference,
+)
 
 torch = pytest.importorskip("torch")
 dist = pytest.importorskip("torch.distributed")
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("torch without gloo", allow_module_level=True)
 
+import combiner.torch  # noqa: E402
 from combiner import distributed  # noqa: E402
 
 WORLDS = (2, 4, 5)  # groups of ranks; in the largest, a shard is in two blocks of shards, and some blocks are cut short
@@ -104,7 +114,7 @@ def run(rank, folder):
     torch.set_num_threads(1)
     combiner.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLDS[-1])
-    timeout = datetime.timedelta(seconds=60)
+    timeout = datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLDS[-1], timeout=timeout)
     found = {}
     for world in WORLDS:
@@ -185,7 +195,77 @@ def twice(rank):
     return True
 
 
-TOGETHER = (views, again, written, twice)
+def replicas(rank):
+    """A PyTorch layer with our attention under DistributedDataParallel: gradients are the ranks' mean."""
+
+    def build():
+        torch.manual_seed(0)
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, dtype=torch.float64)
+        layer.self_attn = combiner.torch.CombinerAttention.from_mha(layer.self_attn, Fixed(4), is_causal=True)
+        return layer
+
+    def loss(layer, rank):
+        length = 8 + 2 * (rank % 2)
+        x = torch.randn(length, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+        return layer(x).square().sum()
+
+    replica, alone = torch.nn.parallel.DistributedDataParallel(build()), build()
+    loss(replica, rank).backward()
+    (sum(loss(alone, each) for each in range(WORLDS[-1])) / WORLDS[-1]).backward()
+    pairs = zip(replica.module.parameters(), alone.parameters(), strict=True)
+    return all(torch.allclose(x.grad, y.grad, rtol=1e-10, atol=1e-12) for x, y in pairs)
+
+
+def terms(rank):
+    """Softcap, biases and sinks against the reference of the whole, as far as this rank has it; and what is sent."""
+    for number, (name, given) in enumerate(itertools.product(CASES, ("key_bias", "region_bias", "both"))):
+        is_causal = number % 2 == 0
+        pattern, n = CASES[name]
+        whole = draw(name, WORLDS[-1])
+        rng = np.random.default_rng(n)
+        lead, Hq, Hk = heads(name)
+        L = n * WORLDS[-1]
+        shapes = {
+            "key_bias": (*lead, Hq if is_causal else Hk, L),
+            "region_bias": (*lead, Hk if is_causal else Hq, pattern.plan(L, is_causal).region_count),
+            "sink": (Hq,),
+        }
+        if given != "both":
+            del shapes["region_bias" if given == "key_bias" else "key_bias"]
+        every = {term: rng.standard_normal(shape) for term, shape in shapes.items()}
+        *inputs, grad_out = (shard(x, rank, n) for x in whole)
+        here = slice(rank * n, (rank + 1) * n)
+        own = {term: torch.from_numpy(x[..., here].copy() if term == "key_bias" else x) for term, x in every.items()}
+        for x in (*inputs, *own.values()):
+            x.requires_grad_()
+        options = {"is_causal": is_causal, "softcap": 2.0}
+        with counted() as forward:
+            out = distributed.attention(*inputs, pattern, **own, **options)
+        with counted() as backward:
+            out.backward(grad_out)
+        *arrays, grad = (x.numpy() for x in whole)
+        expected, saved = reference.attention_forward(*arrays, pattern, **every, **options)
+        exact = reference.attention_backward(grad, saved)
+        pairs = [(out.detach(), expected), *zip((x.grad for x in inputs), exact[:3], strict=True)]
+        pairs = [(x, y[..., here, :]) for x, y in pairs]
+        for term, x in own.items():
+            if term == "key_bias":
+                pairs.append((x.grad, exact.key_bias[..., here]))
+                continue
+            dist.all_reduce(x.grad)  # of region_bias and sink a rank has a part
+            pairs.append((x.grad, getattr(exact, term)))
+        for x, y in pairs:
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-10, err_msg=f"{name}, {given}, causal {is_causal}")
+        is_pooled = given == "key_bias" or (n == 1 and given == "both")
+        bias_heads = shapes["key_bias" if is_pooled else "region_bias"][-2]
+        bias_heads = Hq if getattr(pattern, "row_key", "") == "weighted" and is_pooled else bias_heads
+        sizes = {"heads": Hq, "key_heads": Hk, "dim": D, "value_dim": Dv, "batch": math.prod(lead), "itemsize": 8}
+        told = distributed.traffic(pattern, L, WORLDS[-1], **sizes, bias_heads=bias_heads)
+        assert (*forward, *backward) == told, (name, given)
+    return True
+
+
+TOGETHER = (views, again, written, twice, replicas, terms)
 
 
 # ---- in this one
@@ -270,6 +350,9 @@ def test_ring_traffic():
         ),
         (Tree(4, 2), 24, ValueError, "not 24"),
         (Dense(), 16, ValueError, "have summaries"),
+        (Fixed(4, window=2), 16, ValueError, "have a window of 1"),
+        (Window(4), 16, ValueError, "have summaries: a rank would need the last keys"),
+        (HeavilyCompressed(4, 2), 16, ValueError, "have no window: a rank would need the last keys"),
         (Routing([0] * 32), 16, ValueError, "be of consecutive positions"),
         (Mixture(Fixed(4), LogSparse()), 16, ValueError, "have one softmax"),
         (Fixed(4).plan(32), 16, ValueError, "be of any length"),
@@ -319,7 +402,20 @@ def test_arguments(alone):
     refuses(TypeError, "query must be", q.int(), q.int(), q.int())
     refuses(TypeError, "is_causal must be a bool, got int", q, q, q, is_causal=1)
     refuses(ValueError, "scale must be finite", q, q, q, scale=float("inf"))
+    refuses(TypeError, "scale must be a number, got a torch.Tensor", q, q, q, scale=torch.tensor(0.3))
+    refuses(TypeError, "has no 'causal': is_causal=True is causality", q, q, q, causal=True)
     refuses(ValueError, "pattern must have summaries", q, q, q, pattern=Dense())
+    refuses(ValueError, "softcap must be positive and finite, got -1", q, q, q, softcap=-1.0)
+    refuses(TypeError, "softcap must be a number or None, got a torch.Tensor", q, q, q, softcap=torch.tensor(1.0))
+    refuses(ValueError, r"key_bias must have shape \(Hk or Hq, 16\), got \(2, 15\)", q, q, q, key_bias=q[..., 1:, 0])
+    refuses(TypeError, "key_bias must be torch.float32, as lse is", q, q, q, key_bias=q[..., 0].double())
+    refuses(
+        ValueError, r"region_bias must be of all 4 regions of the whole sequence, got shape \(2, 3\)", q, q, q,
+        region_bias=torch.zeros(2, 3),
+    )  # fmt: skip
+    refuses(ValueError, "region_bias must have shape", q, q, q, region_bias=torch.zeros(3, 4))
+    refuses(TypeError, "region_bias must be a torch.Tensor, got list", q, q, q, region_bias=[0.0] * 4)
+    refuses(ValueError, r"sink must have shape \(2,\), got \(3,\)", q, q, q, sink=torch.zeros(3))
 
 
 def test_sizes():
@@ -334,12 +430,10 @@ def test_sizes():
     refuses(ValueError, "heads must be a multiple of key_heads, 2, got 3", heads=3, key_heads=2)
     for name in ("heads", "key_heads", "dim", "value_dim", "batch", "itemsize"):
         refuses(ValueError, f"{name} must be at least 1", **{name: 0})
+    with pytest.raises(ValueError, match="bias_heads must be at least 0, got -1"):
+        distributed.traffic(Fixed(4), 32, 2, heads=1, dim=8, bias_heads=-1)
 
 
 def test_example():
-    root = Path(__file__).parents[1]
-    command = [sys.executable, root / "examples" / "sequence_parallel.py", "--length", "1024"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr  # it compares with one process
-    assert "Fixed(span=64): loss" in done.stdout and "each rank sends 0.07 MB" in done.stdout
+    said = run_file("examples/sequence_parallel.py", "--length", "1024")  # it compares with one process
+    assert "Fixed(span=64): loss" in said and "each rank sends 0.07 MB" in said

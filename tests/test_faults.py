@@ -16,12 +16,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import Clustered
+from cases import Clustered, Opened, content, rebuilt
 from fresh import fresh_process, run_python
 
 import combiner
-from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Mixture, Plan, Tree, _core
-from combiner.patterns import _plan
+from combiner import (
+    Axial,
+    AxialMixture,
+    Dense,
+    Fixed,
+    HeavilyCompressed,
+    LogSparse,
+    Mixture,
+    Plan,
+    Routing,
+    Tree,
+    Window,
+    _core,
+)
+from combiner.patterns import Sparse, made_plan
 
 try:
     import _testcapi
@@ -45,6 +58,11 @@ PATTERNS = [
     Clustered(9),
     Axial(8).sparse(),
     Clustered(9).sparse(),
+    Window(9),
+    Fixed(8, window=12),
+    Opened(Fixed(8), 16),
+    Opened(Tree(3), 1).sparse(),
+    HeavilyCompressed(8, 12),
 ]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
@@ -58,10 +76,15 @@ def operations(pattern, L=70) -> tuple[dict, np.ndarray]:
     _, saved = combiner.attention_forward(q, k, v, plan)
     summary, summary_saved = combiner.summarize_forward(q, k, v, plan)
     _, attend_saved = combiner.attend_forward(q, k, v, summary.key, summary.value, plan)
+    bias, regions, sink = rng.standard_normal(L), rng.standard_normal(plan.region_count), rng.standard_normal(())
+    terms = {"softcap": 2.0, "key_bias": bias, "region_bias": regions, "sink": sink}
+    terms = {name: x if name == "softcap" else x.astype(q.dtype) for name, x in terms.items()}
+    _, of_terms = combiner.attention_forward(q, k, v, plan, **terms)
     out = np.empty_like(q)
 
     def build(is_causal: bool) -> Plan:
-        return _plan.__wrapped__(pattern, L, is_causal)
+        is_sparse = isinstance(pattern, Sparse)
+        return (pattern.pattern if is_sparse else pattern)._build(L, is_causal, is_sparse)
 
     def from_parts() -> Plan:
         """Each query sees itself, and the region of all pairs of positions before its own pair."""
@@ -84,6 +107,12 @@ def operations(pattern, L=70) -> tuple[dict, np.ndarray]:
             weighted=plan.weighted,
         )
 
+    def attend_some() -> np.ndarray:
+        try:
+            return combiner.attend(q[..., 20:40, :], k, v, summary.key, summary.value, plan, offset=20)
+        except MemoryError as error:
+            raise error.with_traceback(None) from None  # its frames hold the problem, and with it a slice of the plan
+
     return {
         "plan": lambda: build(True),
         "bidirectional plan": lambda: build(False),
@@ -98,17 +127,13 @@ def operations(pattern, L=70) -> tuple[dict, np.ndarray]:
         "summarize_backward": lambda: combiner.summarize_backward(None, summary.value, summary_saved),
         "attend": lambda: combiner.attend(q, k, v, summary.key, summary.value, plan),
         "attend_backward": lambda: combiner.attend_backward(grad_out, attend_saved),
+        "attend with an offset": attend_some,
         "attention_weights": lambda: combiner.attention_weights(q, k, plan),
+        "terms": lambda: combiner.attention(q, k, v, plan, out=out, **terms),
+        "backward of terms": lambda: combiner.attention_backward(grad_out, of_terms),
         "packed": lambda: combiner.attention(q, k, v, pattern, cu_seqlens=(0, 30, L), dropout_p=0.5, seed=1, out=out),
         "mixture": lambda: combiner.attention(q, k, v, Mixture(plan, Dense()), is_causal=True, out=out),
     }, out
-
-
-def content(result) -> list[bytes]:
-    """The bytes of an array, of a tuple of them, or of a plan."""
-    if isinstance(result, Plan):
-        return [x.tobytes() for x in result.arrays.values()]
-    return [x.tobytes() for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
 
 
 # ---- memory that runs out
@@ -141,28 +166,32 @@ def test_every_allocation_of_the_library_failing(pattern):
                     assert content(result) == expected, (name, k)
                     del result
                     break
-        assert failures[False] == failures[True] >= 1, (name, failures)  # else some failure went unnoticed
+        needs_none = name == "summarize" and not any(expected)  # there are no regions
+        assert failures[False] == failures[True], (name, failures)  # else some failure went unnoticed
+        assert (failures[True] == 0) == needs_none, (name, failures)
         assert _core._live_bytes() == held, (name, "leaked")
     del everything, operation
-    _plan.cache_clear()
+    made_plan.clear()
     assert _core._live_bytes() == 0
 
 
 @pytest.fixture(scope="session")
 def python_out_of_memory():
     """Skips where Python itself does not survive it: 3.12 and 3.13, without memory to make a function, release its code
-    once too often."""
+    once too often. A free-threaded Python needs some rounds to crash."""
     code = """
 import _testcapi
 def make(given):
     return list(x for x in given)
-for k in range(1, 20):
-    try:
-        _testcapi.set_nomemory(k, 0)
-        make([1, 2, 3])
-    except MemoryError:
-        pass
-    _testcapi.remove_mem_hooks()
+for n in range(50):
+    for k in range(1, 20):
+        try:
+            _testcapi.set_nomemory(k, 0)
+            make([1, 2, 3])
+        except MemoryError:
+            pass
+        _testcapi.remove_mem_hooks()
+    kept = [[make([1]), (n, str(n)), [n] * 2, {n: n}] for _ in range(50)]
 for _ in range(1000):
     make([1])
 """
@@ -175,7 +204,12 @@ for _ in range(1000):
 @fresh_process(COMBINER_TEST_ALLOCATOR="1")
 def test_every_allocation_of_python_failing(pattern):
     everything, out = operations(pattern)
-    for name in ("attention_weights", "packed", "mixture"):  # in which NumPy's functions then raise SystemError
+    for name in (
+        "attention_weights",
+        "packed",
+        "mixture",
+        "backward of terms",
+    ):  # in which NumPy's functions then raise SystemError
         del everything[name]
     for name, operation in everything.items():
         expected = content(operation())
@@ -285,8 +319,8 @@ def long_call(name: str):
             return lambda: combiner.attention(*x[:3], plan)
         if name == "backward":
             saved = combiner.attention_forward(*x[:3], Fixed(64).sparse())[1]
-            saved.update(plan=plan)
-            return lambda: combiner.attention_backward(x[3], saved)
+            dense = rebuilt(saved, plan=plan)
+            return lambda: combiner.attention_backward(x[3], dense)
         plan = Dense().plan(length // 64)  # many heads
         few = np.broadcast_to(x[0, : length // 64], (16384, length // 64, 64))
         return lambda: combiner.attention(few, few, few[..., :1], plan)
@@ -295,12 +329,16 @@ def long_call(name: str):
 
 
 def seconds_to_end(call, after: float) -> float:
-    """From SIGINT, sent some seconds into the call, to KeyboardInterrupt."""
+    """From SIGINT, sent some seconds into the call, to KeyboardInterrupt: on the clock or, where that is less, of this
+    process's processor time. On a busy machine the clock goes on while other processes run."""
     sent = []
+
+    def now() -> np.ndarray:
+        return np.array([time.perf_counter(), time.process_time()])
 
     def send() -> None:
         time.sleep(after)
-        sent.append(time.perf_counter())
+        sent.append(now())
         os.kill(os.getpid(), signal.SIGINT)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
@@ -310,12 +348,13 @@ def seconds_to_end(call, after: float) -> float:
         sender.start()
         call()
     except KeyboardInterrupt:
-        return time.perf_counter() - sent[0]
+        return (now() - sent[0]).min()
     finally:
         sender.join()
     raise AssertionError(f"the call ended after {time.perf_counter() - began:.2f} s, before the signal")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("threads", (1, 2))
 @pytest.mark.parametrize("name", ("forward", "backward", "many heads"))
 @fresh_process(COMBINER_TEST_ALLOCATOR="1")
@@ -338,6 +377,57 @@ def test_ctrl_c_in_a_long_call(name, threads):
     assert statistics.median(delays) < 0.1 and max(delays) < 0.25, delays
 
 
+def long_plan(name: str):
+    """A function that makes or measures a plan for half a second and more."""
+    if name == "from_arrays":
+        plan = LogSparse().plan(2**22)
+        arrays = plan.arrays
+        return lambda: Plan.from_arrays(**arrays, length=2**22, regions=plan.region_count)
+    if name == "from_parts":
+        lists = np.arange(2**22 + 1) * 8, np.arange(2**25) % 2**22
+        return lambda: Plan.from_parts(lists)
+    if name == "is_full":
+        plan = Dense().plan(2**21)
+        return lambda: plan.is_full
+    if name == "Routing":
+        pattern = Routing(np.arange(2**21) ** 2 % 2000)
+        return lambda: pattern.plan(2**21, True)
+    if name == "Selected":
+        base = LogSparse().plan(2**21)
+        regions = np.arange(2**17) % 2**20
+        return lambda: Plan._selected(base, regions, 4, 64, True, True)
+    patterns = {
+        "Dense": (Dense(), 2**29),
+        "Fixed": (Fixed(2**13), 2**28),
+        "LogSparse": (LogSparse(), 2**23),
+        "hierarchical": (LogSparse(hierarchical=True), 2**24),
+        "Tree": (Tree(4), 2**24),
+        "AxialMixture": (AxialMixture(), 2**22),
+        "Window": (Window(100), 2**28),
+        "HeavilyCompressed": (HeavilyCompressed(), 2**26),
+    }
+    pattern, length = patterns[name]
+    return lambda: pattern.plan(length, True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    (
+        "Dense", "Fixed", "LogSparse", "hierarchical", "Tree", "AxialMixture", "Routing", "Window", "Selected",
+        "HeavilyCompressed", "from_arrays", "from_parts", "is_full",
+    ),
+)  # fmt: skip
+@fresh_process()
+def test_ctrl_c_while_a_plan_is_made_or_measured(name):
+    """KeyboardInterrupt within 0.1 s, at least once of some times: other work may hold the processors."""
+    call, delays = long_plan(name), []
+    for after in (0.2, 0.1, 0.3, 0.15, 0.25, 0.12, 0.22):
+        delays.append(seconds_to_end(call, after))
+        if delays[-1] < 0.1:
+            return
+    raise AssertionError(delays)
+
+
 @fresh_process()
 def test_signals_that_do_not_raise_change_nothing():
     """A thousand a second for as long as calls run: Python's handler is called, and the bits are the same."""
@@ -354,13 +444,13 @@ def test_signals_that_do_not_raise_change_nothing():
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     try:
         end = time.monotonic() + 1
-        while time.monotonic() < end:
+        while time.monotonic() < end or len(handled) < 3:
             assert run() == expected
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    assert len(handled) >= 3
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("threads", (1, 2))
 @fresh_process()
 def test_what_a_signal_handler_raises_ends_the_call(threads):
@@ -372,12 +462,13 @@ def test_what_a_signal_handler_raises_ends_the_call(threads):
     signal.signal(signal.SIGALRM, handler)
     for _ in range(3):
         signal.setitimer(signal.ITIMER_REAL, 0.1)
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(LookupError, match="from the handler"):
             call()
-        assert time.perf_counter() - start < 0.35
+        assert time.process_time() - start < 0.35 * threads
 
 
+@pytest.mark.alone
 @fresh_process()
 def test_ctrl_c_is_for_the_main_thread():
     """It ends the main thread's call, and lets that of another thread go on to its end."""

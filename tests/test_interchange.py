@@ -146,11 +146,13 @@ def test_gradients_answer_in_kind(other, rng):
 
 def test_decoder_and_clusters_answer_in_kind(other, rng):
     q, k, v = inputs(rng).values()
-    numpy, decoder = combiner.Decoder(Fixed(SPAN)), combiner.Decoder(Fixed(SPAN))
+    sink = np.ones(HQ, np.float32)
+    numpy, decoder = combiner.Decoder(Fixed(SPAN), sink=sink), combiner.Decoder(Fixed(SPAN), sink=other.convert(sink))
     for first, end, name in [(0, 9, "prefill"), (9, 10, "step"), (10, L, "step")]:
-        parts = [x[..., first:end, :] for x in (q, k, v)]
-        actual = getattr(decoder, name)(*map(other.convert, map(np.ascontiguousarray, parts)))
-        same(other, actual, getattr(numpy, name)(*parts))
+        parts = [np.ascontiguousarray(x[..., first:end, :]) for x in (q, k, v)]
+        bias = np.ascontiguousarray(parts[1][..., 0])
+        actual = getattr(decoder, name)(*map(other.convert, parts), key_bias=other.convert(bias))
+        same(other, actual, getattr(numpy, name)(*parts, key_bias=bias))
     centroids = combiner.fit_centroids(k, 3)
     same(other, combiner.fit_centroids(other.convert(k), 3), centroids)
     clusters = combiner.assign_clusters(other.convert(k), other.convert(centroids))
@@ -282,3 +284,23 @@ def test_threadpoolctl_limits_combiner(imports):
     pytest.importorskip("threadpoolctl")
     done = fresh.run_python(imports + LIMIT, COMBINER_NUM_THREADS="3")
     assert re.fullmatch(r"1\n3\n1\n3 True .*_core.*\n", done.stdout), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("error", [KeyError, IndexError, OSError, ZeroDivisionError, NotImplementedError])
+@pytest.mark.parametrize("method", ["__dlpack__", "__dlpack_device__"])
+def test_whatever_another_librarys_array_raises_names_the_argument(error, method):
+    """KeyError and IndexError came out raw."""
+
+    def fail(self, **options):
+        raise error("inside")
+
+    x = np.ones((2, 8, 4), np.float32)
+    good, bad = Tensor(x), type("Bad", (Tensor,), {method: fail})(x)
+    with pytest.raises(TypeError, match=r"key must be an array that DLPack can share .*inside"):
+        combiner.attention(good, bad, good, Dense())
+
+
+def test_a_library_without_from_dlpack_is_named():
+    lone = type("Lone", (), {"__dlpack__": None, "__module__": "nowhere"})()
+    with pytest.raises(TypeError, match="query must be an array of NumPy or of a library with a function from_dlpack"):
+        combiner.attention(lone, lone, lone, Dense())

@@ -2,13 +2,12 @@
 """Laws that hold whatever the numbers are."""
 
 import numpy as np
-from cases import Clustered
+from cases import Clustered, Opened, of_length
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import combiner
-from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Tree, reference
-from combiner.patterns import Sparse
+from combiner import Axial, AxialMixture, Dense, Fixed, HeavilyCompressed, LogSparse, Tree, Window, reference
 
 spans = st.one_of(st.none(), st.integers(1, 80))
 poolings = st.sampled_from(["max", "mean", "sum"])
@@ -17,15 +16,23 @@ orders = st.sampled_from([("vertical",), ("horizontal",), ("rowmajor",), ("rowma
 partitions = st.one_of(
     st.builds(lambda flags: Dense(**flags), flags),
     st.builds(lambda span, flags: Fixed(span, **flags), spans, flags),
+    st.builds(lambda span, window, flags: Fixed(span, window=window, **flags), spans, st.integers(1, 70), flags),
     st.builds(lambda tree, flags: LogSparse(hierarchical=tree, **flags), st.booleans(), flags),
     st.builds(lambda width, order, flags: Axial(width, *order, **flags), spans, orders, flags),
     st.builds(
         lambda b, levels, flags: Tree(b, levels, **flags), st.integers(2, 70), st.sampled_from([None, 1, 2]), flags
     ),
     st.builds(lambda clusters, flags: Clustered(clusters, **flags), st.integers(1, 40), flags),
+    st.builds(
+        lambda span, block, count, flags: Opened(Fixed(span, **flags), block, count),
+        *(spans, st.integers(1, 80), st.integers(0, 5), flags),
+    ),
+    st.builds(lambda b, block, flags: Opened(Tree(b, **flags), block), st.integers(2, 9), st.integers(1, 80), flags),
 )
 mixtures = st.builds(lambda width, flags: AxialMixture(width, **flags), spans, flags)
-patterns = st.one_of(partitions, mixtures, partitions.map(lambda pattern: pattern.sparse()))
+windows = st.builds(lambda size, flags: Window(size, **flags), st.integers(1, 70), flags)
+heavy = st.builds(lambda *sizes, flags: HeavilyCompressed(*sizes, **flags), *2 * [st.integers(1, 70)], flags=flags)
+patterns = st.one_of(partitions, mixtures, windows, heavy, partitions.map(lambda pattern: pattern.sparse()))
 lengths = st.one_of(st.integers(1, 20), st.integers(21, 150))
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from([np.float32, np.float64])
@@ -61,12 +68,25 @@ def test_weights(pattern, L, is_causal, seed, dtype, masked):
     np.testing.assert_array_equal((W > 0).any(axis=0) | ~support, True)
 
 
+@many
+@given(patterns, lengths, st.booleans(), seeds, dtypes, st.sampled_from([None, 0.2, 0.9]))
+def test_weights_with_terms(pattern, L, is_causal, seed, dtype, masked):
+    """The sink has the rest of each row's sum, and W @ v == out."""
+    q, k, v, bias, sink = normal(seed, (2, L, 6), (1, L, 6), (1, L, 5), (1, L), (2,), dtype=dtype)
+    mask = None if masked is None else np.random.default_rng(seed).random(L) >= masked
+    options = {"is_causal": is_causal, "key_mask": mask, "softcap": 2.0, "key_bias": bias, "sink": sink}
+    W = combiner.attention_weights(q, k, pattern, **options)
+    out, lse = combiner.attention(q, k, v, pattern, return_lse=True, **options)
+    eps = float(np.finfo(dtype).eps)
+    # "sum" pools a bias of up to L normal numbers: lse is as large, and its exponential has L times the rounding.
+    slack = 64 * eps * (1 + np.abs(lse).max())
+    assert (W >= 0).all()
+    np.testing.assert_allclose(W.sum(-1) + np.exp(sink[:, None] - lse), 1, rtol=0, atol=slack)
+    np.testing.assert_allclose(W @ v, out, rtol=0, atol=256 * eps * np.abs(v).max())
+
+
 def parts_of(pattern, L, is_causal):
-    if isinstance(pattern, Sparse) and isinstance(pattern.pattern, Clustered):
-        pattern = pattern.pattern.at(L).sparse()
-    elif isinstance(pattern, Clustered):
-        pattern = pattern.at(L)
-    return reference.parts(pattern, L, is_causal)
+    return reference.parts(of_length(pattern, L), L, is_causal)
 
 
 def positions_below(parts, L, r):

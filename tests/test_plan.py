@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans against the spec's table: what the arrays say, decoded by brute force, is what the reference lists."""
+"""Plans against docs/mathematics.md, section 3: the arrays, decoded by brute force, list what the reference lists."""
 
+import concurrent.futures
+import copy
 import itertools
+import multiprocessing
+import pickle
 import time
 
 import numpy as np
@@ -9,8 +13,20 @@ import pytest
 from cases import PATTERNS, below, random_parts
 
 import combiner
-from combiner import Axial, AxialMixture, Dense, Fixed, LogSparse, Plan, Routing, Tree, reference
-from combiner.patterns import _plan
+from combiner import (
+    Axial,
+    AxialMixture,
+    Dense,
+    Fixed,
+    HeavilyCompressed,
+    LogSparse,
+    Mixture,
+    Plan,
+    Routing,
+    Tree,
+    Window,
+    reference,
+)
 
 EVERY = [
     *PATTERNS.values(),
@@ -24,6 +40,15 @@ EVERY = [
     *(lambda width=width, **options: AxialMixture(width, **options) for width in (1, 2, 64, 100)),
     *(lambda b=b, **options: Tree(b, **options) for b in (4, 16, 17, 64, 65)),
     *(lambda b=b, **options: Tree(b, 1, **options) for b in (2, 100)),
+    *(
+        lambda own=own, **options: Fixed(own[0], window=own[1], **options)
+        for own in ((1, 2), (2, 100), (16, 16), (63, 3), (64, 64), (65, 64), (100, 65))
+    ),
+    *(lambda size=size, **options: Window(size, **options) for size in (2, 64, 65, 100)),
+    *(
+        lambda own=own, **options: HeavilyCompressed(*own, **options)
+        for own in ((1, 1), (2, 100), (16, 16), (63, 3), (64, 64), (65, 64), (128, 65))
+    ),
 ]
 
 
@@ -110,8 +135,12 @@ def test_routing_has_a_plan_for_each_batch_entry_and_key_head():
 @pytest.mark.parametrize(
     "make, error, says",
     [
-        (lambda: Routing([0, 3, 1]), ValueError, "clusters must lie between 0 and 2, got 3"),
-        (lambda: Routing([0, -1, 1]), ValueError, "clusters must lie between 0 and 2, got -1"),
+        (lambda: Routing([0, 2**30, 1]), ValueError, r"clusters must lie between 0 and 2\^30 - 1, got 1073741824"),
+        (lambda: Routing([0, -1, 1]), ValueError, r"clusters must lie between 0 and 2\^30 - 1, got -1"),
+        (lambda: Routing([[0], [1, 0]]), ValueError, "clusters must be an array of integers, got list"),
+        (lambda: Routing(np.zeros(3, "m8[s]")), TypeError, "clusters must hold integers, got timedelta64"),
+        (lambda: Routing([True, False]), TypeError, "clusters must hold integers, got bool"),
+        (lambda: Routing(8), ValueError, r"clusters must have shape .*, as combiner.cluster makes them, got \(\)"),
         (lambda: Routing([0.0, 1.0]), TypeError, "clusters must hold integers"),
         (lambda: Routing(1), ValueError, "clusters must have shape"),
         (lambda: Routing([0, 0]).plan(3), ValueError, "clusters are of 2 positions, got length 3"),
@@ -122,6 +151,13 @@ def test_routing_has_a_plan_for_each_batch_entry_and_key_head():
         (lambda: Axial(4, "rowmajor", "mean"), ValueError, "row_key must be one of"),
         (lambda: Axial(4, row_key="weighted"), ValueError, "row_key may be 'weighted' only"),
         (lambda: Tree(1), ValueError, "branching must be at least 2"),
+        (lambda: Fixed(4, window=0), ValueError, "window must be at least 1"),
+        (lambda: Fixed(4, window=None), TypeError, "window must be an integer"),
+        (lambda: Window(0), ValueError, "size must be at least 1"),
+        (lambda: Window(2.5), TypeError, "size must be an integer"),
+        (lambda: HeavilyCompressed(0), ValueError, "rate must be at least 1"),
+        (lambda: HeavilyCompressed(None), TypeError, "rate must be an integer"),
+        (lambda: HeavilyCompressed(4, 0), ValueError, "window must be at least 1"),
         (lambda: Tree(2, 0), ValueError, "levels must be at least 1"),
     ],
 )
@@ -198,6 +234,24 @@ def pairs_of_clusters(L: int, m: int) -> tuple[int, int]:
     return n * upto(m) + upto(n - 1) + (L - n) * (n - 1), L * (m + n - 1)  # the first n queries meet the others
 
 
+def pairs_of_window(L: int, size: int) -> tuple[int, int]:
+    causal = L * size - upto(size - 1)  # the first queries have fewer positions before them
+    return causal, 2 * causal - L
+
+
+def pairs_of_fixed_window(L: int, span: int, window: int) -> tuple[int, int]:
+    i = np.arange(L)
+    first, last = np.maximum(i - window + 1, 0) // span, np.minimum(i + window - 1, L - 1) // span
+    near = last - first + 1
+    return int((i + 1 - first * (span - 1)).sum()), int((near * (span - 1) + L // span).sum())
+
+
+def pairs_of_heavily_compressed(L: int, rate: int, window: int) -> tuple[int, int]:
+    causal, whole = pairs_of_window(L, window)
+    n = L // rate
+    return causal + rate * upto(n - 1) + n, whole + L * n  # spans before the own one, and the own one's last query
+
+
 COUNTS = {  # pattern of L; its pairs; the law by which they grow; how many the tiles compute for one of use, at most
     "dense": (lambda L: Dense(), lambda L: (upto(L), L * L), "L^2", 1.05),
     "fixed": (lambda L: Fixed(), lambda L: pairs_of_spans(L, root(L)), "L sqrt(L)", 1.3),
@@ -225,6 +279,22 @@ COUNTS = {  # pattern of L; its pairs; the law by which they grow; how many the 
     "tree4": (lambda L: Tree(4), lambda L: pairs_of_tree(L, 4, L.bit_length() // 2 - 1), "L log(L)", 4.5),
     "tree4.2": (lambda L: Tree(4, 2), lambda L: pairs_of_tree(L, 4, 2), None, 2),
     "sparse tree": (lambda L: Tree(16).sparse(), lambda L: (L * 17 // 2, L * 16), "L", 2),
+    "window16": (lambda L: Window(16), lambda L: pairs_of_window(L, 16), "L", 2),
+    "window128": (lambda L: Window(128), lambda L: pairs_of_window(L, 128), None, 1.2),
+    "fixed window": (lambda L: Fixed(root(L), window=32), lambda L: pairs_of_fixed_window(L, root(L), 32), None, 1.3),
+    "fixed32 window32": (lambda L: Fixed(32, window=32), lambda L: pairs_of_fixed_window(L, 32, 32), None, 1.3),
+    "heavily compressed": (
+        lambda L: HeavilyCompressed(),
+        lambda L: pairs_of_heavily_compressed(L, 128, 128),
+        None,
+        1.2,
+    ),
+    "heavily compressed 16": (
+        lambda L: HeavilyCompressed(16, 32),
+        lambda L: pairs_of_heavily_compressed(L, 16, 32),
+        None,
+        1.2,
+    ),
     "routing": (lambda L: Routing(balanced(L)), lambda L: pairs_of_clusters(L, root(L)), "L sqrt(L)", 1.3),
     "routing in order": (
         lambda L: Routing(np.sort(balanced(L))),
@@ -264,8 +334,8 @@ def test_pairs_are_as_many_as_the_formula_says(name, is_causal):
     plan = make(4096).plan(4096, is_causal)
     attended, summarized, computed, is_partition, is_full = plan._measure()
     assert attended + summarized <= computed <= factor * (attended + summarized)
-    assert is_full == (not name.startswith("sparse"))
-    assert is_partition == (is_full and name != "mixture")
+    assert is_full == (not name.startswith(("sparse", "window")))
+    assert is_partition == (is_full and name != "mixture" and "heavily" not in name)
 
 
 def clusters_of_heads(L: int) -> np.ndarray:
@@ -314,7 +384,7 @@ def test_plans_are_quick_to_make(rng, name, is_causal):
 
     with combiner.num_threads(2):
         forward = seconds(lambda: combiner.attention(q, k, v, plan), 1 if name == "dense" else 5)
-    making = seconds(lambda: _plan.__wrapped__(pattern, L, is_causal), 15)
+    making = seconds(lambda: pattern._build(L, is_causal, False), 15)
     assert making < (0.2 if isinstance(plan, tuple) else 0.05) * forward
 
 
@@ -330,6 +400,15 @@ def test_parts_as_pairs_of_arrays():
     assert decode(a) == decode(b)
     for name, x in a.arrays.items():
         np.testing.assert_array_equal(x, b.arrays[name])
+
+
+@pytest.mark.parametrize("pattern", [Axial(), Routing(np.arange(4000) % 2)], ids=["Axial", "Routing"])
+def test_regions_that_grow_share_memory(pattern):
+    """One position for each region, however many positions lie below the regions."""
+    regions = pattern.plan(4000, True).regions
+    assert [rows[-1] for rows in regions] == list(range(4000)) and sum(map(len, regions)) > 2**16
+    kept = {id(rows.base): rows.base.size for rows in regions}
+    assert sum(kept.values()) == 4000
 
 
 def test_plans_do_not_change():
@@ -394,3 +473,110 @@ def test_a_plan_without_pools_attends_regions_that_are_given():
     for call in (combiner.attention, combiner.summarize):
         with pytest.raises(ValueError, match="plan must pool the regions it attends"):
             call(q, k, v, plan)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_clusters_of_few_positions(is_causal, sparse, rng):
+    """A sequence shorter than the number of clusters has numbers beyond its length, as a segment has."""
+    q, k, v = rng.standard_normal((3, 2, 4, 8))
+    pattern = Routing([4, 0, 4, 2])
+    dense = Routing([2, 0, 2, 1])  # the same clusters, numbered without gaps
+    if sparse:
+        pattern, dense = pattern.sparse(), dense.sparse()
+    np.testing.assert_allclose(
+        combiner.attention(q, k, v, pattern, is_causal=is_causal),
+        reference.attention(q, k, v, dense, is_causal=is_causal),
+        atol=1e-12,
+    )
+    assert pattern.plan(4, is_causal).region_count == (0 if sparse else 4 if is_causal else 5)
+
+
+def test_cluster_numbers_cost_nothing_when_causal():
+    """Memory goes by the positions: 2^30 - 1 would be gigabytes of counters."""
+    clusters = np.array([2**30 - 1, 5, 2**30 - 1, 7])
+    few = Routing([2, 0, 2, 1])
+    for made in (Routing(clusters), Routing(clusters).sparse()):
+        expected = (few if isinstance(made, Routing) else few.sparse()).plan(4, True)
+        plan = made.plan(4, True)
+        assert plan.nbytes == expected.nbytes and decode(plan) == decode(expected)
+
+
+COPIES = {
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("name", [name for name in MADE if name != "routing of heads"])
+def test_plans_and_patterns_are_copied(name, how, rng):
+    """Plans were none of it, and with them what holds one: modules, mixtures, `saved`."""
+    L, pattern = 37, MADE[name](37)
+    q, k, v = rng.standard_normal((3, 2, L, 4)).astype(np.float32)
+    for is_causal in (False, True):
+        plan = pattern.plan(L, is_causal)
+        again = COPIES[how](plan)
+        assert again is plan or how == "pickle"
+        for a, b in zip(plan.arrays.items(), again.arrays.items(), strict=True):
+            assert a[0] == b[0] and a[1].dtype == b[1].dtype
+            np.testing.assert_array_equal(a[1], b[1])
+        assert repr(again) == repr(plan) and again.weighted == plan.weighted
+        expected = combiner.attention(q, k, v, plan)
+        assert combiner.attention(q, k, v, again).tobytes() == expected.tobytes()
+        assert combiner.attention(q, k, v, COPIES[how](pattern), is_causal=is_causal).tobytes() == expected.tobytes()
+        mixture = COPIES[how](Mixture(plan, Fixed(4)))
+        np.testing.assert_array_equal(
+            combiner.attention(q, k, v, mixture, is_causal=is_causal),
+            combiner.attention(q, k, v, Mixture(plan, Fixed(4)), is_causal=is_causal),
+        )
+        out, saved = combiner.attention_forward(q, k, v, plan)
+        for a, b in zip(
+            combiner.attention_backward(out, COPIES[how](saved)), combiner.attention_backward(out, saved), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_copied_clusters_cannot_be_changed():
+    for make in COPIES.values():
+        pattern = make(Routing([0, 1, 1], pooling="sum", size_bias=True))
+        assert not pattern.clusters.flags.writeable and repr(pattern) == repr(
+            Routing([0, 1, 1], pooling="sum", size_bias=True)
+        )
+
+
+def test_a_forged_pickle_of_a_plan_is_refused():
+    make, arrays = Fixed(4).plan(8).__reduce__()
+    with pytest.raises(ValueError, match="its rows lie outside the table"):
+        make(*arrays[:4], arrays[4] + 100, *arrays[5:])
+
+
+def _attend_in_worker(plan, pattern, x):
+    return combiner.attention(x, x, x, plan), pattern.plan(len(x)).pairs
+
+
+def test_plans_in_spawned_workers(rng):
+    """What a DataLoader or a process pool sends them."""
+    plan, pattern, x = Plan.from_mask(np.tri(9, dtype=bool)), Mixture(Fixed(4).plan(9), LogSparse()), rng.random((9, 4))
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        out, pairs = pool.submit(_attend_in_worker, plan, Fixed(4), x).result(60)
+        mean, _ = pool.submit(_attend_in_worker, pattern, Fixed(4), x).result(60)
+    np.testing.assert_array_equal(out, combiner.attention(x, x, x, plan))
+    np.testing.assert_array_equal(mean, combiner.attention(x, x, x, pattern))
+    assert pairs == Fixed(4).plan(9).pairs
+
+
+@pytest.mark.parametrize("pooling", ["mean", "sum"])
+def test_patterns_that_pool_nothing(pooling, rng):
+    """Their pooling is taken, and makes no difference."""
+    q, k, v = rng.standard_normal((3, 2, 30, 4))
+    for make in (
+        Dense,
+        lambda **options: Axial(5, "rowmajor", **options),
+        lambda **options: Axial(5, "rowmajor", "weighted", **options),
+        lambda **options: Fixed(5, **options).sparse(),
+    ):
+        np.testing.assert_array_equal(
+            combiner.attention(q, k, v, make(pooling=pooling)), combiner.attention(q, k, v, make())
+        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The judge itself: against the authors' code (golden files), finite differences, and the spec's laws."""
+"""The judge itself: against the authors' code (golden files), finite differences, and the mathematics' identities."""
 
 import json
 

@@ -42,6 +42,13 @@ again = Plan.from_arrays(
     a["wave"], a["task"], a["pool"], a["tile"], a["run"], a["index"], a["mask"], length=2, regions=1, is_causal=True
 )
 assert_type(again, Plan)
+assert_type(Plan.from_mask(np.ones((2, 2), bool), is_causal=None), Plan)
+assert_type(plan.to_mask(), Array)
+assert_type(combiner.Mixture(Fixed(4), plan).plan(16, True), combiner.Mixture)
+assert_type(combiner.attention(x, x, x, Fixed(4), layout="BLHD", return_lse=True), tuple[Array, Array])
+assert_type(combiner.Decoder(Fixed(4), layout="BLHD").step(x, x, x), Array)
+assert_type(combiner.Decoder(Fixed(4), sink=x[0, :, 0, 0]).prefill(x, x, x, key_bias=x[..., 0]), Array)
+assert_type(combiner.reference.attention.__name__, str)
 
 centroids = combiner.fit_centroids(x, 3, iterations=5, seed=1)
 assert_type(centroids, Array)
@@ -57,6 +64,10 @@ assert_type(combiner.info()["isas"], tuple[str, ...])
 combiner.attention(x, x, x, 3)  # type: ignore[call-overload]
 combiner.attention(x, x, x)  # type: ignore[call-overload]
 combiner.attention([[1.0]], x, x, Fixed(4))  # type: ignore[call-overload]
+combiner.attention(x, x, x, Fixed(4), attn_mask=x)  # type: ignore[call-overload]
+combiner.attention(x, x, x, Fixed(4), layout="LBHD")  # type: ignore[call-overload]
+combiner.summarize(x, x, x, Fixed(4), attn_mask=x)  # type: ignore[call-arg]
+combiner.atention(x, x, x, Fixed(4))  # type: ignore[attr-defined]
 Fixed(4, pooling="average")  # type: ignore[arg-type]
 Fixed(4, "max")  # type: ignore[call-arg]
 Fixed(4).span = 5  # type: ignore[misc]

@@ -1,18 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-/* A program of tests: a table of named functions, run whole or by the names given as arguments. The first
- * failure ends the program. */
+/* A program of tests: a table of named functions. It runs all of them, or those that its arguments name, and ends with
+ * the first failure. */
 #ifndef CMB_TESTLIB_H
 #define CMB_TESTLIB_H
 
-#include "combiner.h"
+#include "runtime/system.h"
 
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifndef _WIN32
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
 
-/* CHECK(condition) or CHECK(condition, "format", ...): what the condition saw. */
+/* CHECK(condition) or CHECK(condition, "format", ...), whose message says what the values were. */
 #define CHECK(condition, ...)                                           \
     do {                                                                \
         if (!(condition))                                               \
@@ -58,8 +62,35 @@ static inline int test_main(int argc, char **argv, const test_case *tests, size_
     return 0;
 }
 
-/* An allocator that counts, and fails where told: allocation `fail` (from 1; 0: none), and with `forever`
- * every one after it. `live` is 0 when everything was given back. Start from test_heap heap = {0}. */
+#ifndef _WIN32
+/* Waits for a forked child, which must exit with 0. */
+static inline void expect_success(pid_t child) {
+    int status = 0;
+    CHECK(waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "child ended with status %x", (unsigned)status);
+}
+#endif
+
+/* Ends the program if it has not called this again by then; 0: never. On Windows who runs the program has to. */
+static inline void end_after(unsigned limit_s) {
+#ifndef _WIN32
+    alarm(limit_s);
+#else
+    (void)limit_s;
+#endif
+}
+
+/* Sets a variable of the environment, or removes it if value is NULL. */
+static inline void set_variable(const char *name, const char *value) {
+#ifndef _WIN32
+    CHECK((value ? setenv(name, value, 1) : unsetenv(name)) == 0);
+#else
+    CHECK(_putenv_s(name, value ? value : "") == 0);
+#endif
+}
+
+/* An allocator that counts, and fails on request: at call `fail` (from 1; 0: never) and, with `forever`, at every later
+ * call. `live` counts the bytes that are not yet released. Begin with test_heap heap = {0}. */
 typedef struct {
     int64_t fail;
     bool forever;
@@ -70,11 +101,11 @@ enum { TEST_HEAP_HEADER = 64 }; /* holds the size and keeps the alignment */
 
 static inline void *test_allocate(size_t bytes, void *context) {
     test_heap *heap = (test_heap *)context;
-    void *block = NULL;
     const int64_t call = atomic_fetch_add(&heap->calls, 1) + 1;
     if (call == heap->fail || (heap->forever && heap->fail > 0 && call > heap->fail))
         return NULL;
-    if (posix_memalign(&block, 64, bytes + TEST_HEAP_HEADER) != 0)
+    void *block = cmb_aligned_malloc(64, bytes + TEST_HEAP_HEADER);
+    if (!block)
         return NULL;
     memcpy(block, &bytes, sizeof bytes);
     const int64_t live = atomic_fetch_add(&heap->live, (int64_t)bytes) + (int64_t)bytes;
@@ -90,10 +121,10 @@ static inline void test_release(void *pointer, void *context) {
     size_t bytes = 0;
     memcpy(&bytes, block, sizeof bytes);
     atomic_fetch_sub(&heap->live, (int64_t)bytes);
-    free(block);
+    cmb_aligned_free(block);
 }
 
-/* The library allocates from `heap` until given NULL. */
+/* The library allocates from `heap`; NULL restores the default. */
 static inline void test_heap_use(test_heap *heap) {
     const cmb_allocator allocator = {heap ? test_allocate : NULL, heap ? test_release : NULL, heap};
     cmb_set_allocator(&allocator);

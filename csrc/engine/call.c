@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: Apache-2.0
+/* Plans a call: how many workers, which heads at once, fused or wave by wave; and lays out its workspace. */
+#include "engine/call.h"
+
+#include <math.h>
+
+/* Below this many query features in all, waking a thread costs more than it gives (about 20 us). */
+static const int64_t worth_a_thread = 65536;
+
+/* Heads in flight share each wave's barrier and the outer cache: a wave finds there what the wave before has read. */
+static const int64_t bytes_in_flight = 12 << 20;
+enum { MAX_IN_FLIGHT = 1024 };
+
+/* ---- planning a call ---------------------------------------------------------------------------- */
+
+/* Tickets that an item takes at most. */
+static int64_t most_tickets(const cmb_plan *plan) {
+    int64_t most = 0;
+    for (int32_t tile = 0; tile < plan->tiles; tile++) {
+        int64_t rows = 2 * (int64_t)plan->tile[tile].query.count;
+        for (int32_t run = plan->tile[tile].run; run < plan->tile[tile + 1].run; run++)
+            rows += plan->run[run].row.count;
+        most = rows > most ? rows : most;
+    }
+    for (int32_t task = 0; task < plan->tasks; task++) {
+        int64_t rows = 0;
+        for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++)
+            rows += 2 * (1 + (int64_t)plan->pool[p].child.count);
+        most = rows > most ? rows : most;
+    }
+    return most;
+}
+
+/* The largest of the segments' and plans' sizes. */
+static void find_sizes(cmb_call *call) {
+    const cmb_problem *p = call->problem;
+    for (int64_t s = 0; s < call->segments; s++) {
+        const cmb_segment it = cmb_segment_at(p, 0, s);
+        call->L = it.L > call->L ? it.L : call->L;
+        call->queries = it.queries > call->queries ? it.queries : call->queries;
+        call->R = it.R > call->R ? it.R : call->R;
+    }
+    for (int64_t i = 0; i < p->plans; i++) {
+        const cmb_plan *plan = p->plan[i];
+        call->waves = plan->waves > call->waves ? plan->waves : call->waves;
+        call->tasks = plan->tasks > call->tasks ? plan->tasks : call->tasks;
+        call->N = plan->N > call->N ? plan->N : call->N;
+        call->has_multi_tile_queries = call->has_multi_tile_queries || plan->traits.has_multi_tile_queries;
+        for (int32_t s = 0; s < plan->pools; s++)
+            call->children = plan->pool[s].child.count > call->children ? plan->pool[s].child.count : call->children;
+    }
+}
+
+static int count_workers(const cmb_call *call) {
+    const cmb_problem *p = call->problem;
+    /* A query attends some 64 rows or more; but a few queries may attend any number of regions that are given. */
+    const int64_t rows = cmb_count_queries(p) + (p->stages == CMB_ATTEND ? call->R / 64 : 0);
+    const double work = (double)p->B * (double)p->Hq * (double)rows * (double)(p->D + p->Dv);
+    return work < (double)worth_a_thread ? 1 : call->workers;
+}
+
+/* Whether query heads are lanes, and how many. In backward the number of lanes decides the order of
+ * the sums over heads. So it depends on the problem alone. */
+static void find_lanes(cmb_call *call) {
+    const cmb_problem *p = call->problem;
+    const int64_t group = p->Hk > 0 ? p->Hq / p->Hk : 1;
+    const bool have_own_biases = p->key_bias.data && p->key_bias.heads > p->Hk;
+    call->lanes = 1;
+    call->are_heads_lanes = false;
+    for (int64_t i = 0; i < p->plans; i++)
+        call->are_heads_lanes = call->are_heads_lanes || p->plan[i]->traits.has_heads_tiles;
+    call->are_heads_lanes =
+        call->are_heads_lanes && !call->dropout_threshold && cmb_are_heads_lanes(group, have_own_biases);
+    if (!call->are_heads_lanes)
+        return;
+    call->lanes = cmb_lanes_of_group(group);
+    for (int64_t i = 0; i < p->plans; i++)
+        if (cmb_count_items(call, p->plan[i]->tasks, p->plan[i]->tiles) > INT32_MAX)
+            call->lanes = 1;
+}
+
+static void plan_forward(cmb_call *call) {
+    const cmb_problem *p = call->problem;
+    const int workers = call->workers;
+    int64_t tasks_at_once = INT32_MAX; /* of the head with the fewest: those of its longest wave */
+    bool is_fused = true;
+    for (int64_t i = 0; i < p->plans; i++) {
+        is_fused = is_fused && p->plan[i]->traits.is_fusible;
+        tasks_at_once = cmb_min(tasks_at_once, cmb_longest_wave(p->plan[i]));
+    }
+    while (call->lanes > 1 && call->heads / call->lanes * tasks_at_once < 4 * workers) /* workers would idle */
+        call->lanes = call->lanes % 2 ? 1 : call->lanes / 2;
+    const int64_t units = call->heads / call->lanes;
+    /* The longest tasks of a fused unit come last: unless there are many tasks, workers would idle at the end. */
+    call->forward.is_fused = is_fused && (workers == 1 || units * tasks_at_once >= 16 * workers);
+    const bool meets_results = (call->is_narrow || call->adds) && call->has_multi_tile_queries;
+    const int64_t rows = call->forward.is_fused && !meets_results ? call->R : call->L + call->R;
+    const int64_t bytes = rows * (2 * p->D + p->Dv) * (int64_t)call->stage->size;
+    const int64_t fit = bytes > 0 ? bytes_in_flight / bytes / call->lanes : INT64_MAX;
+    /* A wave of one unit may have few tasks or one, and workers of one fused unit would wait for one another. */
+    const int64_t needed = tasks_at_once < 4 ? workers : cmb_min(workers, (workers + 3) / 4 + call->forward.is_fused);
+    call->max_in_flight = cmb_min(cmb_min(fit > needed ? fit : needed, units), MAX_IN_FLIGHT / call->lanes);
+    call->max_in_flight *= call->lanes;
+}
+
+static void plan_backward(cmb_call *call) {
+    const cmb_problem *p = call->problem;
+    call->max_in_flight = cmb_min(call->heads, call->workers) * call->lanes;
+    call->backward.shared = call->workers > 1 ? call->heads % call->workers : 0;
+    for (int64_t i = 0; call->backward.shared > 0 && i < p->plans; i++) {
+        const int64_t tickets = most_tickets(p->plan[i]);
+        call->backward.max_tickets = tickets > call->backward.max_tickets ? tickets : call->backward.max_tickets;
+    }
+}
+
+/* Where q_R lies: if that takes less memory, q_R that one task alone needs lies in the scratch of the task's worker.
+ * The tiles of a task of a shared head run on several workers, so that there all q_R lie in the table. */
+static void place_queries(cmb_call *call) {
+    const cmb_problem *p = call->problem;
+    int64_t own = 0, others = 0;
+    bool is_known = true;
+    for (int64_t i = 0; i < p->plans; i++) {
+        const cmb_plan *plan = p->plan[i];
+        is_known = is_known && plan->traits.query_row;
+        own = plan->traits.own_queries > own ? plan->traits.own_queries : own;
+        others = plan->traits.shared_queries > others ? plan->traits.shared_queries : others;
+    }
+    const bool is_less = call->workers * own + call->max_in_flight * others < call->max_in_flight * call->R;
+    const bool in_scratch = is_known && own > 0 && call->backward.shared == 0 && is_less && cmb_pools_query(p);
+    call->own_queries = in_scratch ? own : 0;
+    call->table_queries = in_scratch ? others : call->R;
+}
+
+void cmb_plan_call(cmb_call *call) {
+    const cmb_problem *p = call->problem;
+    call->scale = p->scale != 0 ? p->scale : signbit(p->scale) ? 0 : cmb_default_scale(p->D);
+    call->dropout_threshold = (uint32_t)ceil(p->dropout_p * (1 << 24));
+    call->segments = cmb_count_segments(p);
+    call->heads = p->B * call->segments * (call->is_backward ? p->Hk : p->Hq);
+    find_sizes(call);
+    call->workers = count_workers(call);
+    find_lanes(call);
+    if (call->is_backward)
+        plan_backward(call);
+    else
+        plan_forward(call);
+    place_queries(call);
+}
+
+/* ---- memory ------------------------------------------------------------------------------------- */
+
+/* Whether the query heads of a key head share one gradient of the keys, or biases, that the caller gives for regions.
+ */
+static bool is_shared(const cmb_problem *p, const cmb_array *of_both, const cmb_array *of_attend) {
+    const cmb_array *given = p->stages & CMB_SUMMARIZE ? of_both : of_attend;
+    return given->data && given->heads < p->Hq;
+}
+
+static bool is_key_shared(const cmb_problem *p) { return is_shared(p, &p->region_key, &p->summary_key); }
+static bool is_bias_shared(const cmb_problem *p) { return is_shared(p, &p->region_bias, &p->summary_bias); }
+
+/* What the slots of one key head share: the gradients of its keys and values, and of regions' where these are given. */
+static cmb_slot take_slot_of_group(const cmb_call *call, cmb_arena *arena) {
+    const cmb_problem *p = call->problem;
+    const size_t L = (size_t)call->L, size = call->stage->size, blocks = (size_t)cmb_blocks(call->L);
+    const size_t region_blocks = (size_t)cmb_blocks(call->R);
+    cmb_slot slot = {0};
+    if (!call->is_backward)
+        return slot;
+    if (is_key_shared(p) && call->is_narrow)
+        slot.key_grad = cmb_take(arena, (size_t)call->R, (size_t)p->D * size);
+    if (is_key_shared(p))
+        slot.unzeroed.region_key = cmb_take(arena, region_blocks, 1);
+    if (is_bias_shared(p))
+        slot.unzeroed.region_bias = cmb_take(arena, region_blocks, 1);
+    if (call->is_narrow || call->adds) {
+        slot.position.key_grad = cmb_take(arena, L, (size_t)p->D * size);
+        slot.position.value_grad = cmb_take(arena, L, (size_t)p->Dv * size);
+    }
+    slot.unzeroed.key = cmb_take(arena, blocks, 1);
+    slot.unzeroed.value = cmb_take(arena, blocks, 1);
+    if (p->key_bias.data)
+        slot.unzeroed.key_bias = cmb_take(arena, blocks, 1);
+    return slot;
+}
+
+/* The slot of one head. All take the same bytes, so that from head to head each table has one step. */
+static cmb_slot take_slot(const cmb_call *call, cmb_slot slot, cmb_arena *arena) {
+    const cmb_problem *p = call->problem;
+    const size_t positions = (size_t)call->queries; /* those that are queries */
+    const size_t R = (size_t)call->R, queries = (size_t)call->table_queries;
+    const size_t size = call->stage->size, d = (size_t)p->D * size, dv = (size_t)p->Dv * size;
+    const bool summarize = p->stages & CMB_SUMMARIZE, attend = p->stages & CMB_ATTEND;
+    const bool is_narrow = call->is_narrow, is_apart = is_narrow || call->adds, backward = call->is_backward;
+    slot.count = cmb_take(arena, R, sizeof(int32_t));
+    slot.pick = cmb_take(arena, p->plan[0]->pooling == CMB_POOL_FIRST ? R : 0, sizeof(int32_t));
+    if (p->region_query.data ? summarize && is_narrow : cmb_pools_query(p))
+        slot.query = cmb_take(arena, queries, d);
+    if (cmb_region_key_of(p)->data ? is_narrow : summarize && !cmb_picks_key(p))
+        slot.key = cmb_take(arena, R, d);
+    const bool keeps_biases = cmb_makes_region_bias(p) && (p->plan[0]->weighted || !cmb_picks_key(p));
+    if (keeps_biases && !cmb_region_bias_of(p)->data)
+        slot.bias = cmb_take(arena, R, size);
+    if (is_narrow || !p->summary_value.data)
+        slot.value = cmb_take(arena, R, dv);
+    if (summarize && !p->summary_softmax.data)
+        slot.softmax = cmb_take(arena, R, 2 * size);
+    if (attend && !p->softmax.data)
+        slot.position.softmax = cmb_take(arena, positions, 2 * size);
+    if (!backward && is_apart && attend && call->has_multi_tile_queries)
+        slot.position.result = cmb_take(arena, positions, dv);
+    if (!backward)
+        return slot;
+    if (summarize && (is_narrow || !p->region_query.data))
+        slot.query_grad = cmb_take(arena, queries, d);
+    if (!is_key_shared(p) && (is_narrow || (summarize && !p->region_key.data)))
+        slot.key_grad = cmb_take(arena, R, d);
+    if (is_narrow || summarize)
+        slot.value_grad = cmb_take(arena, R, dv);
+    if (is_apart)
+        slot.position.query_grad = cmb_take(arena, positions, d);
+    if (cmb_makes_region_bias(p))
+        slot.bias_grad = cmb_take(arena, R, size);
+    if (attend && p->sink.data)
+        slot.position.sink_grad = cmb_take(arena, positions, size);
+    slot.order = cmb_take(arena, (size_t)call->tasks, sizeof(int32_t));
+    slot.unzeroed.query = cmb_take(arena, (size_t)cmb_blocks(call->L), 1);
+    const size_t region_blocks = (size_t)cmb_blocks(call->R);
+    slot.unzeroed.region_query = cmb_take(arena, region_blocks, 1);
+    slot.unzeroed.region_value = cmb_take(arena, region_blocks, 1);
+    if (!is_key_shared(p))
+        slot.unzeroed.region_key = cmb_take(arena, region_blocks, 1);
+    if (!is_bias_shared(p) && (cmb_makes_region_bias(p) || cmb_region_bias_of(p)->data))
+        slot.unzeroed.region_bias = cmb_take(arena, region_blocks, 1);
+    return slot;
+}
+
+static cmb_sharing take_sharing(const cmb_call *call, cmb_arena *arena) {
+    const size_t locks = 2 * (size_t)(call->L + call->R);
+    cmb_sharing it = {0};
+    it.tickets.dispenser = cmb_take(arena, locks, sizeof *it.tickets.dispenser);
+    it.tickets.now_serving = cmb_take(arena, locks, sizeof *it.tickets.now_serving);
+    it.first_item = cmb_take(arena, (size_t)call->tasks + 1, sizeof *it.first_item);
+    return it;
+}
+
+void cmb_take_workspace(cmb_call *call, cmb_arena *arena) {
+    const size_t slots = (size_t)call->max_in_flight, workers = (size_t)call->workers;
+    const bool shares = call->backward.shared > 0, is_fused = call->forward.is_fused;
+    call->segment = cmb_take(arena, (size_t)call->segments, sizeof *call->segment);
+    call->slot = cmb_take(arena, slots, sizeof *call->slot);
+    call->scratch = cmb_take(arena, workers, sizeof *call->scratch);
+    call->forward.first_task = cmb_take(arena, slots + 1, sizeof *call->forward.first_task);
+    call->forward.finished =
+        cmb_take(arena, is_fused ? slots * (size_t)call->waves : 0, sizeof *call->forward.finished);
+    call->backward.sharing = cmb_take(arena, (size_t)call->backward.shared, sizeof *call->backward.sharing);
+    call->backward.item = cmb_take(arena, shares ? workers : 0, sizeof *call->backward.item);
+    const bool is_taken = arena->base;
+    const cmb_scratch_use use = {.isa = call->isa,
+                                 .D = call->problem->D,
+                                 .Dv = call->problem->Dv,
+                                 .N = call->N,
+                                 .queries = call->own_queries,
+                                 .children = call->children,
+                                 .dropout = call->dropout_threshold > 0,
+                                 .softcap = call->problem->softcap > 0,
+                                 .biased = cmb_has_biases(call->problem),
+                                 .backward = call->is_backward};
+
+    if (is_taken)
+        cmb_find_segments(call->given, call->component, call->segment);
+    cmb_slot of_group = {0};
+    for (int64_t n = 0; n < call->max_in_flight && !arena->overflow; n++) {
+        if (n % call->lanes == 0)
+            of_group = take_slot_of_group(call, arena);
+        const cmb_slot slot = take_slot(call, of_group, arena);
+        if (is_taken)
+            call->slot[n] = slot;
+    }
+    for (int n = 0; n < call->workers; n++) {
+        cmb_scratch *scratch = call->stage->scratch(arena, &use, call->cancel, n);
+        if (is_taken)
+            call->scratch[n] = scratch;
+    }
+    for (int64_t n = 0; n < call->backward.shared; n++) {
+        const cmb_sharing sharing = take_sharing(call, arena);
+        if (is_taken)
+            call->backward.sharing[n] = sharing;
+    }
+    for (int n = 0; shares && n < call->workers; n++) {
+        cmb_ticket *ticket = cmb_take(arena, (size_t)call->backward.max_tickets, sizeof *ticket);
+        if (is_taken)
+            call->backward.item[n] = (cmb_item){.worker = n, .cancel = call->cancel, .ticket = ticket};
+    }
+}

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * The 16-bit formats (kernels.h says what each function computes). isa.inc.h includes this file after bodies.inc.h for
+ * float, whose parameters it shares. It uses no conversions of an instruction set, so that
+ * every instruction set gives the same bits, those of a NaN too.
+ */
+typedef uint32_t words __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint16_t unaligned_halves __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
+INLINE words either(words condition, words a, words b) { return (a & condition) | (b & ~condition); }
+
+/* bfloat16 is the upper half of a float. */
+INLINE words bf16_widen(words x) { return x << 16; }
+
+INLINE words bf16_narrow(words x) {
+    const words nearest = (x + 0x7fff + (x >> 16 & 1)) >> 16; /* ties to even */
+    return either((words)((x & 0x7fffffff) > 0x7f800000), x >> 16 | 0x40, nearest);
+}
+
+/* float16's exponent has bias 15, float's has 127: magnitude * 2^112 corrects it, for subnormal numbers too. */
+INLINE words f16_widen(words x) {
+    const words magnitude = (x & 0x7fff) << 13;
+    const vec number = (vec)magnitude * broadcast(0x1p112f);
+    const words special = (words)((x & 0x7c00) == 0x7c00); /* Inf, NaN */
+    return either(special, magnitude | 0x7f800000, (words)number) | (x & 0x8000) << 16;
+}
+
+INLINE words f16_narrow(words x) {
+    const words magnitude = x & 0x7fffffff, sign = x >> 16 & 0x8000;
+    const words normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13; /* Inf from 65520 on */
+    /* In [1/2, 1) the last bit of a float is worth the last bit of a subnormal float16: adding 1/2 rounds to it. */
+    const words subnormal = (words)((vec)magnitude + broadcast(0.5f)) - 0x3f000000;
+    words half = either((words)(magnitude < 0x38800000), subnormal, normal);
+    half = either((words)(magnitude >= 0x47800000), (words){0} + 0x7c00, half);
+    return sign | either((words)(magnitude > 0x7f800000), 0x7e00 | (magnitude >> 13 & 0x3ff), half);
+}
+
+#ifdef DOT_PAIRS
+#include "kernels/pairs.inc.h"
+#define PAIRS \
+    .gemm = pair_gemm_rows, .pack = pair_pack, .interleave = pair_interleave, .pair = pair_narrow, .round = pair_round
+#else
+#define PAIRS .gemm = NULL
+#endif
+
+#define FORMAT(format, ...)                                                                                        \
+    static void format##_widen_row(int64_t n, const uint16_t *x, float *y) {                                       \
+        int64_t i = 0;                                                                                             \
+        for (; i + LANES <= n; i += LANES)                                                                         \
+            store(y + i, (vec)format##_widen(__builtin_convertvector(*(const unaligned_halves *)(x + i), words))); \
+        if (i < n) {                                                                                               \
+            halves rest = {0};                                                                                     \
+            memcpy(&rest, x + i, (size_t)(n - i) * sizeof *x);                                                     \
+            store_part(y + i, (vec)format##_widen(__builtin_convertvector(rest, words)), (int)(n - i));            \
+        }                                                                                                          \
+    }                                                                                                              \
+    static void format##_narrow_row(int64_t n, const float *x, uint16_t *y) {                                      \
+        int64_t i = 0;                                                                                             \
+        for (; i + LANES <= n; i += LANES)                                                                         \
+            *(unaligned_halves *)(y + i) = __builtin_convertvector(format##_narrow((words)load(x + i)), halves);   \
+        if (i < n) {                                                                                               \
+            const halves rest =                                                                                    \
+                __builtin_convertvector(format##_narrow((words)load_part(x + i, (int)(n - i))), halves);           \
+            memcpy(y + i, &rest, (size_t)(n - i) * sizeof *y);                                                     \
+        }                                                                                                          \
+    }                                                                                                              \
+    const cmb_narrow_format NAME3(cmb_narrow_, ISA,                                                                \
+                                  format) = {.widen = format##_widen_row, .narrow = format##_narrow_row, __VA_ARGS__};
+
+FORMAT(bf16, PAIRS)
+FORMAT(f16, .gemm = NULL)
+#undef FORMAT
+#undef PAIRS

@@ -1,7 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#define FORMAT f32
-#define REAL float
-#define SUFFIX f32
-#define STORED float
-#define HALF NULL
-#include "stages.inc.h"
