@@ -78,15 +78,24 @@ static bool stop_threads(void *state) {
 static void threads_stopped_from_a_poll(void) {
     request asked = large(DENSE);
     asked.B = asked.Hq = asked.Hk = 1;
-    asked.L = 3072;
     asked.D = asked.Dv = 64;
-    fixture *f = new_fixture(asked), *g = new_fixture(asked);
     int polls = 0;
     const cmb_interrupt interrupt = {stop_threads, &polls};
     CASE("threads stopped from a poll");
     CHECK(cmb_set_num_threads(2, NULL) == CMB_OK);
-    forward(f);
-    backward(f);
+    fixture *f = NULL;
+    double took = 0;
+    for (asked.L = 1024; took < 0.2; asked.L *= 2) { /* long enough for polls, on any machine */
+        if (f)
+            free_fixture(f);
+        f = new_fixture(asked);
+        forward(f);
+        const double start = seconds();
+        backward(f);
+        took = seconds() - start;
+    }
+    asked.L /= 2;
+    fixture *g = new_fixture(asked);
     end_after(300); /* ends a test that waits for ever */
     while (polls < 3) {
         CHECK(cmb_forward(&g->problem, &interrupt, NULL) == CMB_OK);
