@@ -394,8 +394,9 @@ def unit(dtype) -> float:
 class Judge:
     """What the reference says of a problem, and whether an answer lies near enough to it.
 
-    Lenient: the worst of many thousand random problems is four times as far off as the worst of the grid, and dense
-    attention, whose logits may be far smaller than those of summed keys, is no measure for it. Pooled biases, which may
+    Lenient: the worst of many thousand random problems is four times as far off as the worst of the grid, its logits
+    may be small beside the terms that they are sums of, and dense attention, whose logits may be far smaller than those
+    of summed keys, is no measure for it. Pooled biases, which may
     be far larger than the logits, are rounded to their own size.
     """
 
@@ -405,7 +406,7 @@ class Judge:
         self.lse, heads = self.saved["lse"], self.saved["heads"]
         self.S = heads.write(heads.Hq, (heads.L,), lambda table: _largest_logits(table, np.asarray, lenient))
         self.S_terms = heads.write(heads.Hq, (heads.L,), lambda table: _largest_logits(table, np.abs, lenient))
-        if "sink" in problem.options:  # beside it even a lone key's weight has the error of its logit
+        if lenient or "sink" in problem.options:  # beside a sink even a lone key's weight has the error of its logit
             self.S = self.S_terms
         self.weighted = any(x.weighted for x in heads.parts.values())
         self.averages = any(x.weighted or x.pooling in ("mean", "sum") for x in heads.parts.values())
