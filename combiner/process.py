@@ -67,8 +67,8 @@ def release_memory() -> None:
 def set_isa(name: str) -> None:
     """Use the kernels of one instruction set of ``info()["isas"]``, to test or compare them.
 
-    The default is the one that COMBINER_ISA names, else the highest of this machine. On Intel's processors the default
-    is avx512, not avx512_bf16, because there products of bfloat16 pairs are slower than float32's.
+    The default is the one that COMBINER_ISA names, else the highest of this machine. On Intel's processors without AMX
+    the default is avx512, not avx512_bf16, because there products of bfloat16 pairs are slower than float32's.
 
     Raises
     ------

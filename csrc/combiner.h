@@ -575,9 +575,9 @@ typedef struct {
 } cmb_scheduler;
 const cmb_scheduler *cmb_use_scheduler(const cmb_scheduler *scheduler);
 
-/* Instruction sets, lowest first: "base", then "avx2", "avx512", "avx512_bf16" or "neon". The highest that the machine
- * has (on Intel's processors, up to avx512) is used unless COMBINER_ISA or cmb_set_isa names another. A name in
- * COMBINER_ISA that the machine lacks is ignored. */
+/* Instruction sets, lowest first: "base", then "avx2", "avx512", "avx512_bf16", "amx" or "neon". The highest that the
+ * machine has (on Intel's processors, not avx512_bf16) is used unless COMBINER_ISA or cmb_set_isa names another. A name
+ * in COMBINER_ISA that the machine lacks is ignored. */
 int cmb_isa_count(void);             /* those this machine can run */
 const char *cmb_isa_name(int index); /* 0 <= index < cmb_isa_count() */
 const char *cmb_get_isa(void);

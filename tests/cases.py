@@ -298,7 +298,7 @@ class Problem:
         return Problem(tuple(map(cast, self.inputs)), self.pattern, options, cast(self.grad_out), cast(self.grad_lse))
 
 
-PAIRING = "avx512_bf16"  # multiplies pairs of bfloat16, rounded weights among them; in all else it is avx512
+PAIRING = ("avx512_bf16", "amx")  # multiply pairs of bfloat16, rounded weights among them; in all else they are avx512
 
 
 def each_isa(*, pairing: bool = False) -> Iterator[str]:
@@ -306,7 +306,7 @@ def each_isa(*, pairing: bool = False) -> Iterator[str]:
     before = combiner.info()["isa"]
     try:
         for isa in combiner.info()["isas"]:
-            if isa != PAIRING or pairing:
+            if isa not in PAIRING or pairing:
                 combiner.set_isa(isa)
                 yield isa
     finally:
@@ -386,6 +386,10 @@ def below(parts: Parts, L: int) -> list[list[int]]:
 # float32, and what rounding the results loses.
 
 
+def takes_pairs(dtype) -> bool:
+    return dtype == ml_dtypes.bfloat16 and combiner.info()["isa"] in PAIRING
+
+
 def unit(dtype) -> float:
     """What rounding to a 16-bit dtype loses at most, as a share of a number's size."""
     return float(ml_dtypes.finfo(dtype).eps) / 2
@@ -456,14 +460,17 @@ class Judge:
                 within_lse = within_lse + self.S_terms * (8 + 8 * self.S_terms) * 2.0**-24
         if out.dtype.itemsize == 2:
             within = within + unit(out.dtype) * np.abs(self.out) + ml_dtypes.finfo(out.dtype).smallest_subnormal
-            if out.dtype == ml_dtypes.bfloat16 and combiner.info()["isa"] == PAIRING:
-                # rounded too: weights, and queries and keys that are averages, each as often as there are stages
-                moved = 2 * self.averages * self.stages * unit(out.dtype) * self.S_terms
+            if takes_pairs(out.dtype):  # weights are rounded too
+                moved = self.moved(out.dtype)
                 within = within + (self.stages * unit(out.dtype) + 2 * moved[..., None]) * self.spread
                 within_lse = within_lse + moved
         close(out.astype(self.out.dtype), self.out, self.slack * within, "out")
         if lse is not None:
             close(lse, self.lse, self.slack * within_lse, "lse")
+
+    def moved(self, dtype) -> np.ndarray:
+        """How far each logit moves where queries and keys that are averages are rounded, once in every stage."""
+        return 2 * self.averages * self.stages * unit(dtype) * self.S_terms
 
     def accepts_backward(self, gradients, but: str = "") -> None:
         """But for one of them, by name."""
@@ -504,6 +511,8 @@ class Judge:
             within = self.kept * max(2, self.stages) * error + (4 + self.S.max(initial=0)) * 2.0**-24 * size
         if dtype.itemsize == 2:  # out and the summaries' values were rounded on their way here too
             within = within + unit(dtype) * (np.abs(expected) + 2 * self.stages * size)
+        if takes_pairs(dtype_of_inputs):
+            within = within + 2 * self.moved(dtype_of_inputs).max(initial=0) * size
         if self.lenient and name in TERM_ARRAYS:  # a sum over queries and what the term was broadcast to
             B, Hq, L = self.problem.inputs[0].shape[:3]
             summed = B * Hq * L / max(1, expected.size if name == "sink" else math.prod(expected.shape[:-1]))

@@ -385,7 +385,7 @@ def check(fuzzed: Fuzzed, rng: np.random.Generator) -> None:
             for is_plain in (True, False):
                 with combiner.num_threads(1 if is_plain else pick(rng, THREADS)):
                     results = run(own, fuzzed.pattern, lambda x, is_plain=is_plain: x if is_plain else laid_out(rng, x))
-                kind = isa if isa in ("base", PAIRING) else "fused multiply-add"
+                kind = isa if isa in ("base", *PAIRING) else "fused multiply-add"
                 found = [None if x is None else np.ascontiguousarray(x).tobytes() for x in itertools.chain(*results)]
                 if kind not in bits:
                     bits[kind] = found

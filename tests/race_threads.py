@@ -48,7 +48,7 @@ def main() -> int:
     callers = [threading.Thread(target=call_until, args=(end, n, expected, full, wrong)) for n in range(CALLERS)]
     for caller in callers:
         caller.start()
-    isas = [isa for isa in _core.isas() if isa not in ("base", "avx512_bf16")] or _core.isas()[:1]
+    isas = [isa for isa in _core.isas() if isa not in ("base", "avx512_bf16", "amx")] or _core.isas()[:1]
     for n in itertools.count():
         if time.monotonic() > end:
             break

@@ -20,7 +20,7 @@ PATTERNS = [name for name in CLASSES if issubclass(getattr(combiner, name), Fact
 BUILDERS = {"AxialMixture": "axial_mixture", "HeavilyCompressed": "heavily_compressed", "LogSparse": "logsparse"}
 NAMES = {
     "A pattern": {"Name": PATTERNS, "NAME": [BUILDERS.get(name, name.lower()) for name in PATTERNS]},
-    "An instruction set": {"NAME": ["avx2", "avx512", "avx512_bf16", "neon"]},
+    "An instruction set": {"NAME": ["avx2", "avx512", "avx512_bf16", "amx", "neon"]},
     "A dtype": {
         "NAME16": ["bf16", "f16"],
         "NAME": ["f32", "f64", "bf16", "f16"],

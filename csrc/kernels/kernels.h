@@ -118,17 +118,20 @@ CMB_DECLARE_KERNELS(double, f64)
 
 /* A 16-bit format, bfloat16 or float16. Its numbers are stored; the arithmetic is float's.
  *
- * Some instruction sets multiply pairs of such numbers (VDPBF16PS of AVX512_BF16): a word of 32 bits holds two numbers,
- * lo and hi, and c += a.lo * b.lo + a.hi * b.hi in float. A pair takes the place of a float, so `gemm` and `pack` are
- * those of above with words for floats. Words, and arrays of pointers to them, are void here. */
+ * Some instruction sets multiply pairs of such numbers (VDPBF16PS of AVX512_BF16, TDPBF16PS of AMX): a word of 32 bits
+ * holds two numbers, lo and hi, and c += a.lo * b.lo + a.hi * b.hi in float. A pair takes the place of a float, so
+ * `gemm` and `pack` are those of above with words for floats. Words, and arrays of pointers to them, are void here. */
 typedef struct {
     void (*widen)(int64_t n, const uint16_t *x, float *y);  /* exact */
     void (*narrow)(int64_t n, const float *x, uint16_t *y); /* to nearest, ties to even */
 
     /* NULL, and the others too, where the instruction set has no such product. a and b are arrays of pointers to words,
-     * c is one of pointers to floats. */
+     * c is one of pointers to floats. Word 0 is word `first` of a longer sum, the others of which are left out. */
     void (*gemm)(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_step, const void *b, const void *c,
-                 int64_t column, bool add);
+                 int64_t column, bool add, int64_t first);
+    void (*begin)(void), (*end)(void); /* a thread calls them before and after its calls of gemm; NULL: it need not */
+    int group; /* gemm adds up so many words before they join a sum, from multiples of it on; and computes so many rows
+                * and columns at a time: 1, or 16 */
     /* packed[d * width + lane] = word d of row[lane], and zeros for lanes in [n, width). */
     void (*pack)(int n, const void *row, int64_t dim, int width, void *packed);
     /* pairs[i] = (x[i], y[i]), or (x[i], 0) where y is NULL: `interleave` of stored numbers, `pair` of floats, which it

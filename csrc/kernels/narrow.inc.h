@@ -38,8 +38,7 @@ INLINE words f16_narrow(words x) {
 
 #ifdef DOT_PAIRS
 #include "kernels/pairs.inc.h"
-#define PAIRS \
-    .gemm = pair_gemm_rows, .pack = pair_pack, .interleave = pair_interleave, .pair = pair_narrow, .round = pair_round
+#define PAIRS PAIR_GEMM, .pack = pair_pack, .interleave = pair_interleave, .pair = pair_narrow, .round = pair_round
 #else
 #define PAIRS .gemm = NULL
 #endif

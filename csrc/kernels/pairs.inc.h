@@ -8,6 +8,10 @@
  */
 typedef uint32_t pair_bits __attribute__((may_alias));
 
+#ifdef MATRIX
+#include "kernels/matrix.inc.h"
+#define PAIR_GEMM .gemm = matrix_gemm, .begin = matrix_begin, .end = matrix_end, .group = SIDE
+#else
 INLINE vec pair_factor(const float *p) { return (vec)((words){0} + *(const pair_bits *)p); }
 
 #define P(name) pair_##name
@@ -16,9 +20,12 @@ INLINE vec pair_factor(const float *p) { return (vec)((words){0} + *(const pair_
 #include "kernels/gemm.inc.h"
 
 static void pair_gemm_rows(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_step, const void *b, const void *c,
-                           int64_t column, bool add) {
+                           int64_t column, bool add, int64_t first) {
+    (void)first;
     pair_gemm(m, n, k, a, a_step, b, c, column, add);
 }
+#define PAIR_GEMM .gemm = pair_gemm_rows, .group = 1
+#endif
 
 static void pair_pack(int n, const void *row, int64_t dim, int width, void *packed) {
     K(pack_rows)(n, row, dim, false, 1, width, packed);

@@ -8,11 +8,12 @@
  * tables of kernels (kernels.h, kernels.c) and their tests, so that a set with a missing part does not compile or link.
  */
 #if defined(__x86_64__)
-#define CMB_ISAS(X, ...)           \
-    X(base, BASE, __VA_ARGS__)     \
-    X(avx2, AVX2, __VA_ARGS__)     \
-    X(avx512, AVX512, __VA_ARGS__) \
-    X(avx512_bf16, AVX512_BF16, __VA_ARGS__)
+#define CMB_ISAS(X, ...)                     \
+    X(base, BASE, __VA_ARGS__)               \
+    X(avx2, AVX2, __VA_ARGS__)               \
+    X(avx512, AVX512, __VA_ARGS__)           \
+    X(avx512_bf16, AVX512_BF16, __VA_ARGS__) \
+    X(amx, AMX, __VA_ARGS__)
 #elif defined(__aarch64__)
 #define CMB_ISAS(X, ...)       \
     X(base, BASE, __VA_ARGS__) \

@@ -135,6 +135,7 @@ static bool attend_rows(const cmb_head *head, tile_state *t, bool exact, cmb_scr
     for (; gather(head, t, w); started = true) {
         if (cmb_cancelled(w->cancel, w->worker))
             return false;
+        begin_products(t, w);
         row_products(t, w->key, head->D, w->packed, w->s, false, false, w);
         score(head, t, w->width, w);
         softmax_lanes(t, biases(head, w), started, w);
@@ -157,6 +158,7 @@ static bool attend_rows(const cmb_head *head, tile_state *t, bool exact, cmb_scr
             more_sum[lane] = w->lane_sum[lane] + t->sums - 1;
         if (t->weighted_bias)
             lane_sums(t, w->s, w->bias_row, 1, more_sum, exact, w);
+        end_products(t, w);
     }
     return true;
 }
@@ -363,6 +365,7 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
     while (gather(head, &t, w)) {
         if (cmb_cancelled(w->cancel, w->worker))
             return;
+        begin_products(&t, w);
         row_products(&t, w->key, head->D, w->packed, w->s, false, true, w);
         bool finite = score(head, &t, w->width, w);
         row_products(&t, w->value, head->Dv, w->packed_grad, w->dp, false, true, w);
@@ -378,17 +381,20 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
         if (t.dropout)
             drop(&t, w->width, w->s, w);
         lane_sums(&t, w->dp, w->key, head->D, w->lane_sum, !finite, w);
+        end_products(&t, w);
         /* Where workers share the head, a few rows at a time: the other workers wait for them. */
         for (int i = 0, end; i < t.rows; i = end) {
             end = w->item && i + CMB_SLICE < t.rows ? i + CMB_SLICE : t.rows;
             if (!await_rows(i, end, w))
                 return;
+            begin_products(&t, w);
             row_sums(&t, i, end, w->s, grads, head->Dv, w->dvalue, !finite, w);
             if (t.weighted)
                 row_sums(&t, i, end, w->s, w->lane_key_grad, head->D, w->dkey, !finite, w);
             row_sums(&t, i, end, w->dp, queries, head->D, w->dkey, !finite, w);
             if (head->biased)
                 add_bias_sums(head, &t, i, end, !finite, w);
+            end_products(&t, w);
             release_rows(end, w);
         }
     }

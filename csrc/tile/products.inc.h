@@ -16,6 +16,17 @@
 
 /* ---- windows ------------------------------------------------------------------------------------ */
 
+/* Words that join a sum together (kernels.h): 1 but for matrix registers, which also compute as many rows at a time. */
+static inline int group_of_words(const tile_state *t, const cmb_scratch *w) {
+    return is_paired(t) ? w->format->group : 1;
+}
+
+/* Rows that share a window of lane groups. */
+static inline int window_height(const tile_state *t, const cmb_scratch *w) {
+    const int group = group_of_words(t, w);
+    return group > CMB_BLOCK ? group : CMB_BLOCK;
+}
+
 /* The lane groups [*from, *to): every lane that sees one of the rows [i, end) is in one of them. */
 static void group_window(const cmb_scratch *w, int i, int end, int *from, int *to) {
     uint64_t seen = 0;
@@ -27,8 +38,9 @@ static void group_window(const cmb_scratch *w, int i, int end, int *from, int *t
 
 enum { QUADS = CMB_TILE / CMB_QUAD }; /* of lanes */
 
-/* For each quad of lanes the rows [first, last): every row that one of its lanes sees is among them. */
-static void row_windows(const cmb_scratch *w, int rows, uint8_t first[QUADS], uint8_t last[QUADS]) {
+/* For each quad of lanes the rows [first, last): every row that one of its lanes sees is among them. `together` quads
+ * share their window. */
+static void row_windows(const cmb_scratch *w, int rows, int together, uint8_t first[QUADS], uint8_t last[QUADS]) {
     const uint64_t every_quad = UINT64_C(0x1111111111111111); /* the lowest bit of each */
     memset(first, 0, QUADS);
     memset(last, 0, QUADS);
@@ -46,18 +58,29 @@ static void row_windows(const cmb_scratch *w, int rows, uint8_t first[QUADS], ui
         for (found |= m; m; m &= m - 1)
             last[__builtin_ctzll(m) / CMB_QUAD] = (uint8_t)(i + 1);
     }
+    for (int quad = 0; together > 1 && quad < QUADS; quad += together) {
+        uint8_t from = UINT8_MAX, to = 0;
+        for (int i = quad; i < quad + together; i++) {
+            from = first[i] < last[i] && first[i] < from ? first[i] : from;
+            to = last[i] > to ? last[i] : to;
+        }
+        memset(first + quad, to ? from : 0, (size_t)together);
+        memset(last + quad, to, (size_t)together);
+    }
 }
 
 /* ---- the kernels -------------------------------------------------------------------------------- */
 
-/* gemm of words, in slices of rows. The next tile's rows are prefetched between two slices. */
+/* gemm of words, the first of which is word `first` of the sum, in slices of rows. The next tile's rows are prefetched
+ * between two slices. */
 static inline void gemm(const tile_state *t, int64_t m, int64_t n, int64_t k, const REAL *const *a, int64_t a_step,
-                        const REAL *const *b, REAL *const *c, int64_t column, bool add, cmb_scratch *w) {
-    for (int64_t i = 0; i < m; i += CMB_SLICE) {
-        const int64_t slice = m - i < CMB_SLICE ? m - i : CMB_SLICE;
+                        const REAL *const *b, REAL *const *c, int64_t column, bool add, int64_t first, cmb_scratch *w) {
+    const int64_t most = group_of_words(t, w) > 1 ? 2 * group_of_words(t, w) : CMB_SLICE;
+    for (int64_t i = 0; i < m; i += most) {
+        const int64_t slice = m - i < most ? m - i : most;
         prefetch_some(w);
         if (is_paired(t))
-            w->format->gemm(slice, n, k, a + i, a_step, b, c + i, column, add);
+            w->format->gemm(slice, n, k, a + i, a_step, b, c + i, column, add, first);
         else
             w->kernel->gemm(slice, n, k, a + i, a_step, b, c + i, column, add);
     }
@@ -70,6 +93,17 @@ static void pack(const tile_state *t, const REAL *const *lane_row, int64_t dim, 
         w->format->pack(t->n, lane_row, words(t, dim), w->width, packed);
     else
         w->kernel->pack(t->n, lane_row, dim, scale, w->width, packed);
+}
+
+/* Around products. Between them nothing may call the caller back, whose code may use the same registers. */
+static inline void begin_products(const tile_state *t, const cmb_scratch *w) {
+    if (is_paired(t) && w->format->begin)
+        w->format->begin();
+}
+
+static inline void end_products(const tile_state *t, const cmb_scratch *w) {
+    if (is_paired(t) && w->format->end)
+        w->format->end();
 }
 
 /* ---- pairs -------------------------------------------------------------------------------------- */
@@ -104,8 +138,11 @@ static const REAL *pair_weights_of_lanes(const REAL *p, int begin, int end, cmb_
 static const REAL *seen_part(const tile_state *t, const REAL *row, int64_t dim, unsigned seen, REAL *part) {
     if (!is_paired(t) || seen == 3)
         return row;
-    memcpy(part, row, (size_t)dim * sizeof *part);
-    for (int64_t d = 0; d < dim; d++)
+    if (seen == 0)
+        memset(part, 0, (size_t)dim * sizeof *part);
+    else
+        memcpy(part, row, (size_t)dim * sizeof *part);
+    for (int64_t d = 0; seen && d < dim; d++)
         memset((char *)(part + d) + (seen == 1 ? 2 : 0), 0, 2); /* pairs exist on x86 alone: little-endian */
     return part;
 }
@@ -121,16 +158,17 @@ static void row_products(const tile_state *t, const REAL *const *row, int64_t di
     for (int i = 0; i < t->rows; i++)
         w->s_row[i] = s + i * w->width;
     if (!t->masked || w->width == CMB_GROUP) {
-        gemm(t, t->rows, w->width, n, row, 1, w->packed_row, w->s_row, 0, add, w);
+        gemm(t, t->rows, w->width, n, row, 1, w->packed_row, w->s_row, 0, add, 0, w);
         return;
     }
-    for (int i = 0; i < t->rows; i += CMB_BLOCK) {
-        const int end = i + CMB_BLOCK < t->rows ? i + CMB_BLOCK : t->rows;
+    const int height = window_height(t, w);
+    for (int i = 0; i < t->rows; i += height) {
+        const int end = i + height < t->rows ? i + height : t->rows;
         int from, to;
         group_window(w, i, end, &from, &to);
         if (to > from)
             gemm(t, end - i, (to - from) * CMB_GROUP, n, row + i, 1, w->packed_row, w->s_row + i, from * CMB_GROUP, add,
-                 w);
+                 0, w);
         for (int r = i; clear && r < end; r++) {
             memset(w->s_row[r], 0, (size_t)(from * CMB_GROUP) * sizeof(REAL));
             memset(w->s_row[r] + to * CMB_GROUP, 0, (size_t)(w->width - to * CMB_GROUP) * sizeof(REAL));
@@ -142,19 +180,20 @@ static void row_products(const tile_state *t, const REAL *const *row, int64_t di
 static void exact_lane_sums(const tile_state *t, const REAL *p, const REAL *const *row, int64_t dim, REAL *const *to,
                             cmb_scratch *w) {
     const int rows = words(t, t->rows), each = numbers_per_word(t);
+    const bool in_groups = group_of_words(t, w) > 1; /* then a row that is left out is a word of zeros */
     for (int lane = 0; lane < t->n; lane++) {
         int n = 0;
         for (int i = 0; i < rows; i++) {
             unsigned seen = (unsigned)(w->lanes[i * each] >> lane & 1);
             if (each == 2 && i * 2 + 1 < t->rows)
                 seen |= (unsigned)(w->lanes[i * 2 + 1] >> lane & 1) << 1;
-            if (!seen)
+            if (!seen && !in_groups)
                 continue;
-            w->compact[n] = p[i * w->width + lane];
+            w->compact[n] = seen ? p[i * w->width + lane] : 0;
             w->compact_row[n++] = seen_part(t, row[i], dim, seen, w->pair_part + i * dim);
         }
         const REAL *weights = w->compact;
-        gemm(t, 1, dim, n, &weights, 1, w->compact_row, to + lane, 0, true, w);
+        gemm(t, 1, dim, n, &weights, 1, w->compact_row, to + lane, 0, true, 0, w);
     }
 }
 
@@ -171,7 +210,7 @@ static void lane_sums(const tile_state *t, const REAL *p, const REAL *const *row
     }
     uint8_t first[QUADS] = {0}, last[QUADS];
     if (t->masked)
-        row_windows(w, t->rows, first, last);
+        row_windows(w, t->rows, group_of_words(t, w) / CMB_QUAD, first, last);
     else
         memset(last, t->rows, sizeof last);
     for (int i = 0; i < QUADS; i++) {
@@ -186,7 +225,7 @@ static void lane_sums(const tile_state *t, const REAL *p, const REAL *const *row
              n++)
             a[n] = p + begin * w->width + lane + n;
         if (count > 0)
-            gemm(t, n, dim, count, a, w->width, row + begin, to + lane, 0, true, w);
+            gemm(t, n, dim, count, a, w->width, row + begin, to + lane, 0, true, begin, w);
         lane += n;
     }
 }
@@ -195,18 +234,19 @@ static void lane_sums(const tile_state *t, const REAL *p, const REAL *const *row
 static void exact_row_sums(const tile_state *t, int begin, int end, const REAL *p, const REAL *const *lane_row,
                            int64_t dim, REAL *const *to, cmb_scratch *w) {
     const int each = numbers_per_word(t), step = w->width / each;
+    const bool in_groups = group_of_words(t, w) > 1; /* then a lane that is left out is a word of zeros */
     const REAL *list[CMB_TILE];
     for (int i = begin; i < end; i++) {
         int n = 0;
         for (int lane = 0; lane < t->n; lane += each) {
             const unsigned seen = (unsigned)(w->lanes[i] >> lane) & ((1u << each) - 1);
-            if (!seen)
+            if (!seen && !in_groups)
                 continue;
-            w->compact[n] = p[i * step + lane / each];
+            w->compact[n] = seen ? p[i * step + lane / each] : 0;
             list[n++] = seen_part(t, lane_row[lane / each], dim, seen, w->pair_part + lane / each * dim);
         }
         const REAL *weights = w->compact;
-        gemm(t, 1, dim, n, &weights, 1, list, to + i, 0, true, w);
+        gemm(t, 1, dim, n, &weights, 1, list, to + i, 0, true, 0, w);
     }
 }
 
@@ -222,7 +262,7 @@ static void row_sums(const tile_state *t, int begin, int end, const REAL *p, con
         return;
     }
     const int step = w->width / numbers_per_word(t);
-    const int height = !t->masked || w->width == CMB_GROUP ? end - begin : CMB_BLOCK;
+    const int height = !t->masked || w->width == CMB_GROUP ? end - begin : window_height(t, w);
     const REAL *a[CHUNK];
     for (int i = begin, stop; i < end; i = stop) {
         stop = i + height < end ? i + height : end;
@@ -234,6 +274,6 @@ static void row_sums(const tile_state *t, int begin, int end, const REAL *p, con
         for (int r = i; r < stop; r++)
             a[r - i] = p + r * step + lane;
         if (lanes > 0)
-            gemm(t, stop - i, dim, lanes, a, 1, lane_row + lane, to + i, 0, true, w);
+            gemm(t, stop - i, dim, lanes, a, 1, lane_row + lane, to + i, 0, true, lane, w);
     }
 }

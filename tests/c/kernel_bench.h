@@ -56,7 +56,7 @@ static double limit_gflops(const char *isa, bool is_double) {
     for (int trial = 0; trial < 5; trial++) {
         const double start = seconds();
 #if defined(__x86_64__)
-        if (strncmp(isa, "avx512", 6) == 0) {
+        if (strncmp(isa, "avx512", 6) == 0 || strcmp(isa, "amx") == 0) {
             lanes = is_double ? 8 : 16;
             sink = is_double ? loop_avx512_f64(rounds, factor) : loop_avx512_f32(rounds, (float)factor);
         } else if (strcmp(isa, "avx2") == 0) {

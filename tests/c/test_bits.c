@@ -143,7 +143,7 @@ static void half_dtype(request asked, cmb_dtype dtype) {
 
 static void half_dtypes(void) {
     const char *isa = cmb_get_isa();
-    if (strcmp(isa, "avx512_bf16") == 0)
+    if (strcmp(isa, "avx512_bf16") == 0 || strcmp(isa, "amx") == 0)
         CHECK(cmb_set_isa("avx512", NULL) == CMB_OK);
     for (int which = DENSE; which < PATTERNS; which++)
         for (int options = 0; options < 4; options++) {

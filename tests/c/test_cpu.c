@@ -145,7 +145,7 @@ static void isa_choice(void) {
 #ifdef __aarch64__
     static const char *const names[] = {"base", "neon"};
 #else
-    static const char *const names[] = {"base", "avx2", "avx512", "avx512_bf16"};
+    static const char *const names[] = {"base", "avx2", "avx512", "avx512_bf16", "amx"};
 #endif
     CHECK(CMB_ISA_COUNT == sizeof names / sizeof *names, "combiner.h names them");
     for (int n = 0; n < count; n++) {
