@@ -183,15 +183,16 @@ def _memory(rows: list[dict[str, Any]]) -> str:
 
 def _arithmetic(rows: list[dict[str, Any]]) -> str:
     return table(
-        ("one core, float32", "GFLOP/s", "of the loop", "of the lanes in use", "wanted", "met"),
+        ("one core, float32", "GFLOP/s", "of the loop", "of PyTorch's sgemm", "wanted", "met", "lanes in use"),
         (
             (
                 row["what"],
                 f"{row['gflops']:.1f}",
                 f"{row['share']:.1%}" if row["share"] else "",
-                f"{row['useful']:.1%}" if "useful" in row else "",
-                f">= {row['target']:.0%}" if row["target"] else "",
+                f"{row['share_of_sgemm']:.1%}" if "share_of_sgemm" in row else "",
+                f">= {row['target']:.0%}" if row.get("target") else "",
                 MET[row["met"]],
+                f"{row['useful']:.1%}" if "useful" in row else "",
             )
             for row in rows
         ),

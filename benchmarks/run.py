@@ -14,6 +14,7 @@ import functools
 import heapq
 import importlib.util
 import itertools
+import math
 import os
 import platform
 import re
@@ -48,16 +49,17 @@ LEAST_SECONDS = 0.002
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "build" / "plain" / "test_kernels"
 
-# One thread of the BLAS that comes with NumPy, in a process of its own.
+# One thread of the BLAS of NumPy, and of PyTorch's, which is MKL, in a process of their own.
 SGEMM = """
-import time, numpy
+import time, numpy, torch
 a, b, out = numpy.random.default_rng(0).standard_normal((3, 1536, 1536), numpy.float32)
-times = []
-for _ in range(12):
-    start = time.perf_counter()
-    numpy.matmul(a, b, out)
-    times.append(time.perf_counter() - start)
-print(2 * 1536**3 / min(times) * 1e-9)
+for library, array in (numpy, numpy.asarray), (torch, torch.from_numpy):
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        library.matmul(array(a), array(b), out=array(out))
+        times.append(time.perf_counter() - start)
+    print(2 * 1536**3 / min(times) * 1e-9)
 """
 
 
@@ -334,35 +336,42 @@ def measure_memory(case: Case, *, in_fresh_process: bool = True) -> dict[str, An
     return {**describe(case), "excess_bytes": excess, "query_bytes": query, "met": met}
 
 
-def kernel_gflops() -> dict[str, float]:
-    """GFLOP/s in float32 on the instruction set in use: of a bare multiply-add loop, of the products of a tile of 64.
-
-    Empty if the C tests have not been built.
+def kernel_gflops() -> tuple[float | None, dict[tuple[str, int], float]]:
+    """GFLOP/s in float32 on the instruction set in use: of a bare multiply-add loop, and of each product of a tile, by
+    the tile's lanes. Nothing if the C tests have not been built.
     """
     if not KERNELS.exists():
-        return {}
+        return None, {}
     text = subprocess.run([KERNELS, "--bench"], check=True, capture_output=True, text=True).stdout
     section = next(part for part in text.split("\n\n") if part.strip().startswith(f"{combiner.info()['isa']} float"))
-    rates = dict(re.findall(r"^\s*(\S.*?)  +\d+ x 64 x \d+ +\d+ ns +([\d.]+) GFLOP/s$", section, re.M))
+    products = re.findall(r"^\s*(\S+ \+?= .*?)  +(\d+) x (\d+) x (\d+) +\d+ ns +([\d.]+) GFLOP/s$", section, re.M)
     limit = re.search(r"multiply-add loop +([\d.]+) GFLOP/s", section)
     assert limit, text
-    return {"multiply-add loop": float(limit[1])} | {name: float(rate) for name, rate in rates.items()}
+    rows, features = 96, 64  # the third size of a product is the number of lanes
+    return float(limit[1]), {
+        (name, math.prod(map(int, sizes)) // (rows * features)): float(rate) for name, *sizes, rate in products
+    }
 
 
 def measure_arithmetic(cases: Iterable[Case]) -> list[dict[str, Any]]:
-    """The best GFLOP/s of one core, in products and in whole calls, and their share of the multiply-add loop."""
+    """The best GFLOP/s of one core, in products and in whole calls, and their shares of the multiply-add loop and of
+    PyTorch's sgemm. What is wanted of the products is a share of the latter.
+    """
     cases = list(cases)
     if not cases:
         return []
-    rates = kernel_gflops()
-    limit = rates.get("multiply-add loop")
+    limit, rates = kernel_gflops()
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "MKL")}
     environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"} | threads
     done = subprocess.run([sys.executable, "-c", SGEMM], check=True, capture_output=True, text=True, env=environment)
-    rows: list[dict[str, Any]] = [
-        {"what": name, "gflops": rate, "target": PRODUCTS.get(name)} for name, rate in rates.items()
+    sgemm = dict(zip(("NumPy", "PyTorch"), map(float, done.stdout.split()), strict=True))
+    rows: list[dict[str, Any]] = [{"what": "multiply-add loop", "gflops": limit}] if limit else []
+    rows += [{"what": f"{library}'s sgemm, 1536 x 1536 x 1536", "gflops": rate} for library, rate in sgemm.items()]
+    rows += [
+        {"what": f"{name}, {lanes} lanes", "gflops": rate, "target": PRODUCTS[lanes]}
+        for (name, lanes), rate in rates.items()
+        if lanes in PRODUCTS
     ]
-    rows.append({"what": "NumPy's sgemm, 1536 x 1536 x 1536", "gflops": float(done.stdout), "target": None})
     for case in cases:
         plan = case.pattern.plan(case.length, case.is_causal)
         assert isinstance(plan, combiner.Plan)
@@ -372,10 +381,11 @@ def measure_arithmetic(cases: Iterable[Case]) -> list[dict[str, Any]]:
         rate = case.batch * case.heads * flops / row["ours"]["min"] * 1e-9
         what = f"{case.name.removeprefix('arithmetic-')}, L {case.length}, {case.passes}, all included"
         useful = (attended + summarized) / computed  # the other lanes are idle: masked, or beyond a tile's queries
-        rows.append({"what": what, "gflops": rate, "target": case.target, "useful": useful})
+        rows.append({"what": what, "gflops": rate, "useful": useful})
     for row in rows:
         row["share"] = row["gflops"] / limit if limit else None
-        row["met"] = row["share"] >= row["target"] if limit and row["target"] else None
+        row["share_of_sgemm"] = row["gflops"] / sgemm["PyTorch"]
+        row["met"] = row["share_of_sgemm"] >= row["target"] if "target" in row else None
     return rows
 
 
