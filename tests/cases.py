@@ -313,6 +313,13 @@ def each_isa(*, pairing: bool = False) -> Iterator[str]:
         combiner.set_isa(before)
 
 
+def draw_cancelling(rng: np.random.Generator, *shape: int) -> list[np.ndarray]:
+    """query, key and value in bfloat16: all weights are equal, and values cancel, so that another order of a sum has
+    another result."""
+    value = rng.choice([2.0**24, -(2.0**24), 1, 3], shape)
+    return [x.astype(ml_dtypes.bfloat16) for x in (np.zeros(shape), np.zeros(shape), value)]
+
+
 def draw(rng: np.random.Generator, pattern, case: Case, **flags) -> Problem:
     """Normal inputs and cotangents for a pattern with the case's sizes and options, float64 but float32-exact."""
     R = len(reference.parts(pattern, case.L, case.is_causal).members)

@@ -7,7 +7,7 @@ Compared as bytes, but for -0 and +0 where a sum ends in exact zeros. One test s
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import Clustered, Opened, each_isa
+from cases import Clustered, Opened, draw_cancelling, each_isa
 
 import combiner
 from combiner import Axial, AxialMixture, Dense, Fixed, HeavilyCompressed, LogSparse, Routing, Tree, Window
@@ -240,6 +240,20 @@ def test_causal_prefix(rng, pattern, dtype):
         for name, x, y in zip(("dq", "dk", "dv"), actual[2:], expected[2:], strict=True):
             np.testing.assert_array_equal(x, y[:, :, :length], err_msg=f"{name} of the first {length}")
             assert not y[:, :, length:].any()
+
+
+@every_pattern
+def test_causal_prefix_of_pairs(rng, pattern):
+    """Products of bfloat16 pairs add words in groups: a row has the same place in them at every length."""
+    if isinstance(pattern, Opened) and not pattern.open:
+        pytest.skip("which regions a tile has depends on the choices of all its queries")
+    query, key, value = draw_cancelling(rng, 1, 2, 210, 8)
+    for isa in each_isa(pairing=True):
+        out = combiner.attention(query, key, value, pattern, is_causal=True)
+        for length in range(1, 131):
+            short = [np.ascontiguousarray(x[:, :, :length]) for x in (query, key, value)]
+            own = combiner.attention(*short, pattern, is_causal=True)
+            assert own.tobytes() == out[:, :, :length].tobytes(), f"{isa}, length {length}"
 
 
 @pytest.mark.parametrize("pattern", LONG, ids=str)

@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+from cases import draw_cancelling, each_isa
 from fresh import fresh_process
 
 import combiner
@@ -148,6 +149,22 @@ def test_bits_of_attention_in_16_bit_dtypes(pattern, dtype, terms, rng):
     expected = attention(inputs, pattern, **given).view(np.uint16)
     for cuts in (range(301), [0, 130, 300]):
         assert np.array_equal(step_by(make(pattern, given), inputs, list(cuts), given).view(np.uint16), expected)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    (Fixed(16), Fixed(16, window=20), LogSparse(), LogSparse(hierarchical=True), Tree(4), Window(7), Window(100),
+     Dense(), Axial(16), Axial(16, "rowmajor")),
+    ids=repr,
+)  # fmt: skip
+def test_bits_of_pairs(pattern, rng):
+    """Products of bfloat16 pairs add words in groups: a row has the same place in them in every step."""
+    inputs = draw_cancelling(rng, 1, 2, 300, 8)
+    for isa in each_isa(pairing=True):
+        expected = attention(inputs, pattern)
+        for cuts in (range(301), [0, 130, 300]):
+            out = step_by(make(pattern, {}), inputs, list(cuts), {})
+            assert out.tobytes() == expected.tobytes(), (isa, list(cuts)[:9])
 
 
 @pytest.mark.parametrize(

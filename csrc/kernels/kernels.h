@@ -37,7 +37,6 @@ enum {
     CMB_BLOCK = 6,         /* rows that share a window of lane groups: the height of the widest micro-kernel */
     CMB_CHUNK_BYTES = 384, /* of one lane's logits in a chunk: 96 floats or 48 doubles, so that S, K or V, and Q^T fit
                             * into the first-level cache together */
-    CMB_SLICE = 12,        /* rows of a gemm between two prefetches: twice the height of the widest micro-kernel */
     CMB_PREFETCH = 2,      /* rows of each array in one prefetch: more misses than these are not served at once */
 };
 

@@ -10,8 +10,8 @@
  * So every builder of a causal plan
  *   - anchors tiles, tasks and the order of rows at absolute positions, never at what remains of the length;
  *   - gives a query the same rows in the same order for every length;
- *   - may leave out, in a shorter plan, rows that none of its lanes attends: at the end of a tile's rows, or anywhere
- * if the tile's rows fit in one chunk of the lane kernel (96 rows). */
+ *   - may leave out, in a shorter plan, rows that none of its lanes attends at the end of a tile's rows, and nowhere
+ *     else: chunks, pairs of rows and groups of pairs are counted from a tile's first row (kernels.h). */
 
 typedef struct {
     void *data;

@@ -103,9 +103,19 @@ static void attend_siblings(cmb_build *build, const dyadic *blocks, int64_t a, i
     int64_t shareds = 0, regions = 0;
     for (int64_t t = 0; t < n; t++)
         key_mask[t] = cmb_lane_mask(t, t + 1);
-    for (int level = 0; level <= blocks->top; level++)
-        for (int64_t own = a >> level; own << level < a + n; own++) {
+    const bool keeps_places = blocks->is_causal && !is_sparse;
+    const int top = keeps_places && blocks->top < INSIDE - 1 ? INSIDE - 1 : blocks->top;
+    const int64_t most = keeps_places ? NARROW : n;
+    for (int level = 0; level <= top; level++)
+        for (int64_t own = a >> level; own << level < a + most; own++) {
             int64_t sibling = own ^ 1;
+            /* Attended by queries of a longer plan: query a's row stands in, so that rows have the same places. */
+            if (own << level >= a + n && level > 0 && level < INSIDE && sibling < own) {
+                region[regions] = (int32_t)a;
+                region_mask[regions++] = 0;
+            }
+            if (own << level >= a + n)
+                continue;
             if (!is_attended(blocks, level, sibling) || sibling << level >= blocks->L)
                 continue;
             bool is_position = is_sparse || level == 0;
@@ -123,7 +133,7 @@ static void attend_siblings(cmb_build *build, const dyadic *blocks, int64_t a, i
         }
     cmb_build_tile(build, cmb_list_make(a, 1, n), cmb_tile_width(n));
     cmb_build_run(build, cmb_build_list(build, shared, shareds));
-    cmb_build_masked_run(build, cmb_build_list(build, region, regions), region_mask);
+    cmb_build_untrimmed_run(build, cmb_build_list(build, region, regions), region_mask);
     cmb_build_masked_run(build, cmb_list_make(a, 1, n), key_mask);
 }
 

@@ -7,16 +7,12 @@
  *     rows of the table     0 .. kept, then new   | kept of level 1, of level 2, ..         | scratch rows
  *
  * A builder makes whole tiles, some of whose queries were computed before. Those lanes leave their tile. A row that
- * only they attend may be gone. If the tile has more rows than a chunk, another row takes its place under an empty
- * mask, so that the rows behind it stay in their chunks: then the bits of a query do not depend on the queries beside
- * it.
+ * only they attend may be gone. Another row takes its place under an empty mask, so that the rows behind it stay in
+ * their places: then the bits of a query do not depend on the queries beside it.
  */
 #include "plan/build.h"
 
-enum {
-    NOT_KEPT = -1,
-    SMALL_CHUNK = 48, /* rows that a tile takes at a time, of the widest type: from fewer any row may be left out */
-};
+enum { NOT_KEPT = -1 };
 
 typedef struct {
     const cmb_plan *from;
@@ -128,15 +124,13 @@ static void place_run(placing *p, cmb_list list, uint64_t lanes) {
 }
 
 /* A run with masks, for the lanes from `skip` on. `many` lanes take the place of each. */
-static void place_masked_run(placing *p, const cmb_run *run, int64_t skip, uint64_t lanes, int many, bool keeps_place) {
+static void place_masked_run(placing *p, const cmb_run *run, int64_t skip, uint64_t lanes, int many) {
     const uint64_t all = many > 1 ? cmb_lane_mask(0, many) : lanes;
     const int32_t stand_in = place_row(p, p->past->length);
     int64_t n = place_left_out(p), unmasked = 0;
     for (int32_t k = 0; k < run->row.count; k++) {
         uint64_t mask = p->from->mask[run->mask + k] >> skip & lanes;
         mask = mask && many > 1 ? all : mask;
-        if (!mask && !keeps_place)
-            continue;
         const int32_t row = place_row(p, cmb_list_at(p->from, run->row, k));
         CMB_ASSERT(row != NOT_KEPT || !mask);
         p->row[n] = row == NOT_KEPT ? stand_in : row;
@@ -166,15 +160,12 @@ static void place_tile(placing *p, const cmb_tile *tile) {
     if (many > 1)
         to = cmb_list_make(to.start, 1, many);
     cmb_build_tile(&p->build, to, tile->width == 1 ? 1 : cmb_tile_width(to.count));
-    int64_t rows = 0;
-    for (int32_t n = tile->run; n < tile[1].run; n++)
-        rows += p->from->run[n].row.count;
     p->left_out = 0;
     for (int32_t n = tile->run; n < tile[1].run; n++)
         if (p->from->run[n].mask < 0)
             place_run(p, p->from->run[n].row, cmb_lane_mask(0, to.count));
         else
-            place_masked_run(p, &p->from->run[n], skip, cmb_lane_mask(0, query.count), many, rows > SMALL_CHUNK);
+            place_masked_run(p, &p->from->run[n], skip, cmb_lane_mask(0, query.count), many);
 }
 
 static void place_waves(placing *p) {

@@ -384,7 +384,7 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
         end_products(&t, w);
         /* Where workers share the head, a few rows at a time: the other workers wait for them. */
         for (int i = 0, end; i < t.rows; i = end) {
-            end = w->item && i + CMB_SLICE < t.rows ? i + CMB_SLICE : t.rows;
+            end = w->item && i + slice_rows(&t, w) < t.rows ? i + slice_rows(&t, w) : t.rows;
             if (!await_rows(i, end, w))
                 return;
             begin_products(&t, w);

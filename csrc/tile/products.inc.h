@@ -27,6 +27,10 @@ static inline int window_height(const tile_state *t, const cmb_scratch *w) {
     return group > CMB_BLOCK ? group : CMB_BLOCK;
 }
 
+/* Rows of a product between two prefetches, and of one turn where workers share gradient rows: whole windows, so that
+ * row_sums multiplies only what row_products has computed, and tested. */
+static inline int slice_rows(const tile_state *t, const cmb_scratch *w) { return 2 * window_height(t, w); }
+
 /* The lane groups [*from, *to): every lane that sees one of the rows [i, end) is in one of them. */
 static void group_window(const cmb_scratch *w, int i, int end, int *from, int *to) {
     uint64_t seen = 0;
@@ -75,9 +79,9 @@ static void row_windows(const cmb_scratch *w, int rows, int together, uint8_t fi
  * between two slices. */
 static inline void gemm(const tile_state *t, int64_t m, int64_t n, int64_t k, const REAL *const *a, int64_t a_step,
                         const REAL *const *b, REAL *const *c, int64_t column, bool add, int64_t first, cmb_scratch *w) {
-    const int64_t most = group_of_words(t, w) > 1 ? 2 * group_of_words(t, w) : CMB_SLICE;
-    for (int64_t i = 0; i < m; i += most) {
-        const int64_t slice = m - i < most ? m - i : most;
+    const int64_t rows = slice_rows(t, w);
+    for (int64_t i = 0; i < m; i += rows) {
+        const int64_t slice = m - i < rows ? m - i : rows;
         prefetch_some(w);
         if (is_paired(t))
             w->format->gemm(slice, n, k, a + i, a_step, b, c + i, column, add, first);
@@ -138,12 +142,10 @@ static const REAL *pair_weights_of_lanes(const REAL *p, int begin, int end, cmb_
 static const REAL *seen_part(const tile_state *t, const REAL *row, int64_t dim, unsigned seen, REAL *part) {
     if (!is_paired(t) || seen == 3)
         return row;
-    if (seen == 0)
-        memset(part, 0, (size_t)dim * sizeof *part);
-    else
-        memcpy(part, row, (size_t)dim * sizeof *part);
+    const size_t half = seen == 1 ? 0 : 2; /* pairs exist on x86 alone: little-endian */
+    memset(part, 0, (size_t)dim * sizeof *part);
     for (int64_t d = 0; seen && d < dim; d++)
-        memset((char *)(part + d) + (seen == 1 ? 2 : 0), 0, 2); /* pairs exist on x86 alone: little-endian */
+        memcpy((char *)(part + d) + half, (const char *)(row + d) + half, 2);
     return part;
 }
 
