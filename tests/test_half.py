@@ -151,6 +151,26 @@ def test_poison_stays(arrays, is_causal):
                 assert actual[~reached].tobytes() == expected[~reached].tobytes()
 
 
+def test_poison_for_any_threads(rng):
+    """Threads that share a head add gradients in slices of a chunk's rows. A slice holds whole windows of the products
+    that are tested for NaN: the NaN of a query reaches no row beside the one that it attends."""
+    first, second, far = [*range(16)], [*range(16, 32)], 150
+    lists = [first] * 16 + [[far]] * 32 + [second] * 16 + [[i] for i in range(64, 200)]
+    plan = combiner.Plan.from_parts(lists)
+    q, k, v, g = (rng.standard_normal((1, 1, 200, 8)).astype(ml_dtypes.bfloat16) for _ in range(4))
+    g[..., 20, :] = np.nan
+    for isa in each_isa(pairing=True):
+        found = set()
+        for threads in (1, 3):
+            with combiner.num_threads(threads):
+                _, saved = combiner.attention_forward(q, k, v, plan)
+                dk, dv = combiner.attention_backward(g, saved)[1:3]
+            for x in (dk, dv):
+                assert np.isfinite(np.delete(x.astype(np.float32), far, axis=-2)).all(), f"{isa}, {threads} threads"
+            found.add(dk.tobytes() + dv.tobytes())
+        assert len(found) == 1, isa
+
+
 def test_clusters_are_of_float32(arrays):
     (x, *_), _ = arrays
     wide = x.astype(np.float32)

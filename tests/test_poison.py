@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A NaN or an infinity reaches what depends on it, as the reference says, and moves no bit of anything else."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import each_isa
@@ -74,14 +75,14 @@ def backward(module, inputs, pattern, is_causal):
         return out, saved["lse"], *gradients[:3]
 
 
-@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+@pytest.mark.parametrize("dtype", (np.float32, np.float64, ml_dtypes.bfloat16))
 @pytest.mark.parametrize("tensor", (0, 1, 2), ids=("query", "key", "value"))
 @both_directions
 @every_pattern
 def test_poison(rng, pattern, is_causal, tensor, dtype):
     """The poisoned positions, one to a batch entry, and a clean entry before them."""
     poisons = [(j, poison) for j in range(L) for poison in (np.nan, np.inf, -np.inf)]
-    if dtype == np.float64:
+    if dtype != np.float32:
         poisons = poisons[::4]
     clean = [rng.standard_normal((1, 1, L, 4)).astype(dtype) for _ in range(3)]
     inputs = [np.repeat(x, 1 + len(poisons), axis=0) for x in clean]
@@ -89,7 +90,7 @@ def test_poison(rng, pattern, is_causal, tensor, dtype):
         inputs[tensor][1 + n, 0, j, j % 4] = poison
     reads, keys = depends(pattern, is_causal, tensor), depends(pattern, is_causal, 1)
     expected = backward(reference, inputs, pattern, is_causal)
-    for isa in each_isa():
+    for isa in each_isa(pairing=dtype == ml_dtypes.bfloat16):
         actual = backward(combiner, inputs, pattern, is_causal)
         for name, x, exact in zip(("out", "lse", "dq", "dk", "dv"), actual, expected, strict=True):
             spoiled, exactly = (~np.isfinite(y.reshape(1 + len(poisons), L, -1)) for y in (x, exact))
@@ -109,7 +110,7 @@ def test_poison(rng, pattern, is_causal, tensor, dtype):
 def test_masked_poison_reaches_nothing(rng, pattern, is_causal, poison):
     """Masked keys and values are never read, nor are masked queries by a pool; gradients neither."""
     mask = rng.random(L) < 0.6
-    for dtype in (np.float32, np.float64):
+    for dtype in (np.float32, np.float64, ml_dtypes.bfloat16):
         q, k, v, grad_out = rng.standard_normal((4, 2, L, 5)).astype(dtype)
         options = {"is_causal": is_causal, "key_mask": mask}
 
@@ -117,7 +118,7 @@ def test_masked_poison_reaches_nothing(rng, pattern, is_causal, poison):
             out, saved = combiner.attention_forward(q, k, v, pattern, **options)
             return out, saved["lse"], *combiner.attention_backward(grad_out, saved)[:3]
 
-        for _ in each_isa():
+        for _ in each_isa(pairing=dtype == ml_dtypes.bfloat16):
             clean = everything(q, k, v)
             poisoned = [np.where(mask[:, None], x, poison).astype(dtype) for x in (k, v)]
             for x, y in zip(everything(q, *poisoned), clean, strict=True):

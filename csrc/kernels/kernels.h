@@ -124,13 +124,16 @@ typedef struct {
     void (*widen)(int64_t n, const uint16_t *x, float *y);  /* exact */
     void (*narrow)(int64_t n, const float *x, uint16_t *y); /* to nearest, ties to even */
 
-    /* NULL, and the others too, where the instruction set has no such product. a and b are arrays of pointers to words,
-     * c is one of pointers to floats. Word 0 is word `first` of a longer sum, the others of which are left out. */
+    /* gemm, group, pack, interleave, pair and round are absent (NULL or 0) where the instruction set has no such
+     * product. a and b are arrays of pointers to words, c is one of pointers to floats. The k words are words
+     * [first, first + k) of a longer sum, whose other words are zeros. */
     void (*gemm)(int64_t m, int64_t n, int64_t k, const void *a, int64_t a_step, const void *b, const void *c,
                  int64_t column, bool add, int64_t first);
-    void (*begin)(void), (*end)(void); /* a thread calls them before and after its calls of gemm; NULL: it need not */
-    int group; /* gemm adds up so many words before they join a sum, from multiples of it on; and computes so many rows
-                * and columns at a time: 1, or 16 */
+    /* A thread calls `begin` before its calls of gemm and `end` after them. NULL: the thread need not. */
+    void (*begin)(void), (*end)(void);
+    /* 1: each word joins its sum alone. 16: words [16 i, 16 i + 16) of the longer sum are added up first, and c is
+     * computed in blocks of 16 rows and 16 columns. */
+    int group;
     /* packed[d * width + lane] = word d of row[lane], and zeros for lanes in [n, width). */
     void (*pack)(int n, const void *row, int64_t dim, int width, void *packed);
     /* pairs[i] = (x[i], y[i]), or (x[i], 0) where y is NULL: `interleave` of stored numbers, `pair` of floats, which it

@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The gemm of pairs on AMX's matrix registers. A register holds 16 rows of 16 words. One instruction multiplies two and
- * adds the product to a third:
+ * The gemm of pairs on AMX's matrix registers. A register holds 16 rows of 16 words. One instruction multiplies two
+ * registers and adds the product to a third one:
  *
  *                       columns:  0..15   16..31   32..47   48..63
  *     16 words of b               B5      B5       B5       B5          one after the other
  *     16 rows of a      A4        C0      C1       C2       C3          a block of c
  *
- * The instruction sums the low numbers of 16 words, the high ones, and adds both sums to C. So words are added in
- * groups of 16, and the bits depend on where a group begins: at multiples of 16 words of the whole sum, of which
- * `first` words come before word 0 (kernels.h). Zeros take the place of words, rows and columns that are missing.
+ * For each element of C the instruction sums the products of the 16 low numbers, and those of the 16 high numbers. It
+ * adds the two sums, and adds the total to the element. So words join c in groups of 16, and bits depend on where a
+ * group begins. Groups begin at multiples of 16 words of the whole sum, of which `first` words come before word 0
+ * (kernels.h). Zeros take the place of words, rows and columns that are missing.
+ *
+ * Every function may overwrite these registers: none that is called between matrix_begin and matrix_end may use them.
  */
 
-/* The compiler does not know what these instructions read and write. */
+/* In assembly, because the compiler's own functions name registers but do not say which memory they read. */
 #define MATRIX_ZERO(c) __asm__ volatile("tilezero %%tmm" #c ::: "memory")
 #define MATRIX_LOAD(a, from)                                                                            \
     do {                                                                                                \
@@ -37,7 +40,7 @@ static void matrix_begin(void) {
     __asm__ volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
 }
 
-/* After this the system has no registers to save when it switches threads. */
+/* After `end` the system has no matrix registers to save when it switches threads. */
 static void matrix_end(void) { __asm__ volatile("tilerelease" ::: "memory"); }
 
 /* Rows that are `step` bytes apart. */
@@ -48,15 +51,15 @@ typedef struct {
 
 typedef int64_t addresses __attribute__((vector_size(64), aligned(8), may_alias));
 
-/* Whether neighbours among these 16 rows are all the same distance apart. */
-INLINE bool is_even(const float *const *row) {
+/* Whether these 16 rows lie at equal distances. */
+INLINE bool are_spaced_evenly(const float *const *row) {
     const addresses place = {0, 1, 2, 3, 4, 5, 6, 7}, *at = (const addresses *)row;
     const int64_t start = (int64_t)row[0], step = (int64_t)row[1] - start;
     const addresses low = at[0] ^ (start + step * place), high = at[1] ^ (start + step * (place + 8));
     return !_mm512_test_epi64_mask((__m512i)(low | high), (__m512i)(low | high));
 }
 
-INLINE matrix_rows even_rows(const float *const *row, int64_t column) {
+INLINE matrix_rows spaced_rows(const float *const *row, int64_t column) {
     return (matrix_rows){row[0] + column, (int64_t)row[1] - (int64_t)row[0]};
 }
 
@@ -64,8 +67,8 @@ INLINE matrix_rows copied_rows(const float *copy) { return (matrix_rows){copy, S
 
 /* An operand: words [at, at + n) of each row. In place, or in `copy`. */
 INLINE matrix_rows operand_of_rows(int rows, int n, const float *const *row, int64_t at, float *copy) {
-    if (rows == SIDE && n == SIDE && is_even(row))
-        return even_rows(row, at);
+    if (rows == SIDE && n == SIDE && are_spaced_evenly(row))
+        return spaced_rows(row, at);
     for (int i = 0; i < SIDE; i++)
         store_f32(copy + i * SIDE, i < rows ? load_part_f32(row[i] + at, n) : (vec_f32){0});
     return copied_rows(copy);
@@ -81,8 +84,7 @@ INLINE matrix_rows operand_of_columns(int rows, int n, const float *const *row, 
         float column[SIDE] = {0};
         for (int i = 0; !are_neighbours && t < n && i < rows; i++)
             memcpy(column + i, row[i] + (at + t) * step, sizeof *column);
-        const float *from = are_neighbours ? row[0] + (at + t) * step : column;
-        x[t] = t < n ? load_part_f32(from, rows) : (vec_f32){0};
+        x[t] = t < n && are_neighbours ? load_part_f32(row[0] + (at + t) * step, rows) : load_f32(column);
     }
     transpose_f32(x);
     for (int i = 0; i < SIDE; i++)
@@ -124,13 +126,13 @@ static void matrix_block(int m, int n, int64_t k, const float *const *a, int64_t
 #undef BLOCK
         t += count;
     }
-    const bool in_place = !add && m == SIDE && is_even((const float *const *)c);
-#define BLOCK(j)                                                                \
-    if (in_place && COLUMNS(j) == SIDE) {                                       \
-        MATRIX_STORE(j, even_rows((const float *const *)c, column + j * SIDE)); \
-    } else if (n > j * SIDE) {                                                  \
-        MATRIX_STORE(j, copied_rows(b_copy));                                   \
-        add_sums(m, COLUMNS(j), b_copy, c, column + j * SIDE, add);             \
+    const bool in_place = !add && m == SIDE && are_spaced_evenly((const float *const *)c);
+#define BLOCK(j)                                                                  \
+    if (in_place && COLUMNS(j) == SIDE) {                                         \
+        MATRIX_STORE(j, spaced_rows((const float *const *)c, column + j * SIDE)); \
+    } else if (n > j * SIDE) {                                                    \
+        MATRIX_STORE(j, copied_rows(b_copy));                                     \
+        add_sums(m, COLUMNS(j), b_copy, c, column + j * SIDE, add);               \
     }
     BLOCK(0)
     BLOCK(1)

@@ -4,6 +4,7 @@
  *   DOT_PAIRS(a, b, c)    in each float: a.lo * b.lo + a.hi * b.hi + c
  *   ROUND(x, y)           two vectors of floats as one of bfloat16, x's numbers first
  *   ROUND_PAIRS(x, y)     the same as pairs (x[i], y[i])
+ *   MATRIX                defined: the set has matrix registers, whose gemm matrix.inc.h is; else DOT_PAIRS makes it
  * A pair lies where a float would. It is never computed with as a float.
  */
 typedef uint32_t pair_bits __attribute__((may_alias));

@@ -60,15 +60,15 @@ static bool runs_avx512_bf16(void) {
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & bf16;
 }
 
-/* AMX's registers are large: Linux saves them only for a process that has asked. It refuses where a thread's alternate
- * signal stack would be too small for them. */
+/* Linux saves AMX's registers, which are large, only for a process that has asked. It refuses where a thread has an
+ * alternate signal stack that is too small for these registers, and once it has agreed it refuses such stacks. */
 static bool runs_amx(void) {
 #ifdef __linux__
     enum { TILES = 0x60000, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
     const uint32_t bf16_tile = 1u << 22 | 1u << 24;
     uint32_t a, b, c, d;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16_tile) == bf16_tile && saves(TILES) &&
-           syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+           syscall(SYS_arch_prctl, (long)REQUEST_PERMISSION, (long)TILE_DATA) == 0;
 #else
     return false;
 #endif

@@ -6,8 +6,9 @@
  *     lane_sums      to[lane]       +=  sum over rows of p[row][lane] * row          O += P^T V, dQ += dS^T K
  *     row_sums       to[row]        +=  sum over lanes of p[row][lane] * lane_row    dV += P dO, dK += dS Q
  *
- * Windows leave out what masks hide. In S a window is a range of 16-lane groups for each block of 6 rows; in a sum over
- * rows it is a range of rows for each quad of lanes. S of two blocks, # computed:
+ * Windows leave out what masks hide. In S a window is a range of 16-lane groups for each block of 6 rows, or of 16 with
+ * matrix registers. In a sum over rows it is a range of rows for each quad of lanes, or for each 16 lanes. S of two
+ * blocks, # computed:
  *
  *     lanes     0       16      32      48      64
  *     6 rows    |-------|#######|#######|-------|      lanes of groups 1 and 2 see one of these rows
@@ -16,7 +17,7 @@
 
 /* ---- windows ------------------------------------------------------------------------------------ */
 
-/* Words that join a sum together (kernels.h): 1 but for matrix registers, which also compute as many rows at a time. */
+/* Words that join a sum together (kernels.h): 1, or 16 with matrix registers, which compute 16 rows at a time. */
 static inline int group_of_words(const tile_state *t, const cmb_scratch *w) {
     return is_paired(t) ? w->format->group : 1;
 }
@@ -99,7 +100,8 @@ static void pack(const tile_state *t, const REAL *const *lane_row, int64_t dim, 
         w->kernel->pack(t->n, lane_row, dim, scale, w->width, packed);
 }
 
-/* Around products. Between them nothing may call the caller back, whose code may use the same registers. */
+/* begin_products and end_products enclose products. No code between the two may return, wait for another thread, or
+ * call the caller back, whose code may use the same registers. */
 static inline void begin_products(const tile_state *t, const cmb_scratch *w) {
     if (is_paired(t) && w->format->begin)
         w->format->begin();

@@ -52,8 +52,9 @@ struct cmb_scratch {
     REAL *bias;                /* [CHUNK + 16] b of each row; NULL where logits have none */
     const REAL **bias_row;     /* [CHUNK] the elements of `bias`, as rows of one feature */
     const REAL **packed_row;   /* [max(D, Dv)] */
-    REAL *compact;             /* [max(CHUNK + 16, D)] the weights of one lane without gaps; a row tile's query */
-    const REAL **compact_row;  /* [CHUNK] the rows of those weights */
+    REAL *compact; /* [max(CHUNK + 16, D)] the weights of one lane, without gaps or with zeros there; a row tile's
+                    * query */
+    const REAL **compact_row; /* [CHUNK] the rows of those weights */
 
     /* Backward. */
     REAL *packed_grad, *packed_key_grad;     /* [Dv][width] dO^T, [D][width] */
@@ -73,10 +74,10 @@ struct cmb_scratch {
     REAL *child_copy;             /* [children][D] */
 
     /* Pairs of 16-bit numbers, where the instruction set multiplies them (kernels.h). */
-    REAL *pair_weight;                       /* [CHUNK / 2][64] */
-    REAL *pair_row, *pair_part;              /* [CHUNK / 2][max(D, Dv)] pairs of rows; those with one half zeroed */
-    const REAL **pair_list;                  /* [CHUNK / 2] */
-    REAL *pair_query, *pair_grad;            /* [32][D], [32][Dv] pairs of lanes */
+    REAL *pair_weight;            /* [CHUNK / 2][64] */
+    REAL *pair_row, *pair_part;   /* [CHUNK / 2][max(D, Dv)] pairs of rows; those with zeros for what is not seen */
+    const REAL **pair_list;       /* [CHUNK / 2] */
+    REAL *pair_query, *pair_grad; /* [32][D], [32][Dv] pairs of lanes */
     const REAL **pair_queries, **pair_grads; /* [32] */
 
     /* Pooling. Rows L + R .. of the table are this worker's: N rows that live as long as a task. */

@@ -34,11 +34,13 @@
  * m is a query's largest logit and l its sum of e^(S - m): the state of its softmax. Backward reads both and not
  * lse = m + log l, because lse is rounded to the size of m and would move every weight by that error.
  *
- * Masks. Products skip what no lane sees: groups of 16 lanes in S, rows that 4 lanes do not see in a sum over rows. A
+ * Masks. Products skip what no lane sees: groups of 16 lanes in S, rows that 4 lanes (matrix registers: 16) do not see
+ * in a sum over rows. A
  * masked weight is exactly 0. Its product with a value that is not finite would still be NaN, and would reach queries
  * that do not depend on that value. So the result of a tile (backward: of a chunk) is tested, and where it has a NaN or
  * Inf it is computed again by the exact path, which sums for each lane only the rows that the lane sees. Skipping an
- * exact zero changes no bit, so both paths agree wherever both are finite.
+ * exact zero changes no bit, so both paths agree wherever both are finite. With matrix registers a zero takes the place
+ * of what is left out, so that the groups of words stay the same.
  */
 #include <math.h>
 #include <string.h>

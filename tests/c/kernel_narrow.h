@@ -109,13 +109,31 @@ static uint16_t *half_row(int n) {
     return x;
 }
 
+/* How rows lie in memory: each alone, one behind the other, in the opposite order, or each a word behind the one
+ * before.
+ */
+typedef enum { APART, IN_ORDER, REVERSED, NEIGHBOURS, LAYOUTS } row_layout;
+
 /* Rows of pairs. */
-static uint16_t **pair_rows_of(int n, int pairs) {
+static uint16_t **pair_rows_of(int n, int pairs, row_layout layout) {
     uint16_t **row = take(n, sizeof *row);
-    for (int i = 0; i < n; i++) {
-        row[i] = take(pairs, 2 * sizeof **row);
-        for (int t = 0; t < 2 * pairs; t++)
-            row[i][t] = random_bf16();
+    const int words = layout == NEIGHBOURS ? pairs + n - 1 : n * pairs;
+    uint16_t *block = layout == APART ? NULL : half_row(2 * words);
+    for (int i = 0; i < n; i++)
+        row[i] = layout == APART      ? half_row(2 * pairs)
+                 : layout == IN_ORDER ? block + 2 * i * pairs
+                 : layout == REVERSED ? block + 2 * (n - 1 - i) * pairs
+                                      : block + 2 * i;
+    return row;
+}
+
+/* Sums, side by side or apart. */
+static float **sums_of(int n, int columns, bool apart) {
+    float **row = rows_f32(n, columns);
+    float *block = apart ? NULL : take(n * columns, sizeof *block);
+    for (int i = 0; i < n && !apart; i++) {
+        memcpy(block + i * columns, row[i], (size_t)columns * sizeof *block);
+        row[i] = block + i * columns;
     }
     return row;
 }
@@ -131,36 +149,42 @@ static void end_gemm(const cmb_narrow_format *half) {
 }
 
 static void check_pair_gemm(const cmb_narrow_format *half, int m, int n, int k, int step, bool add, int first) {
-    CASE("pairs: gemm m %d n %d k %d step %d add %d first %d", m, n, k, step, add, first);
-    uint16_t **a = pair_rows_of(m, (k - 1) * step + 1), **b = pair_rows_of(k, n);
-    float **c = rows_f32(m, n);
+    const row_layout of_a = step > 1 ? (row_layout)(random_below(2) * NEIGHBOURS) : (row_layout)random_below(LAYOUTS);
+    const row_layout of_b = (row_layout)random_below(NEIGHBOURS);
+    const int column = 5 * random_below(2);
+    CASE("pairs: gemm m %d n %d k %d step %d add %d first %d column %d layouts %d %d", m, n, k, step, add, first,
+         column, of_a, of_b);
+    uint16_t **a = pair_rows_of(m, (k - 1) * step + 1, of_a), **b = pair_rows_of(k, column + n, of_b);
+    float **c = sums_of(m, column + n, random_below(2));
     double *before = take(m * n, sizeof *before);
-    for (int i = 0; i < m * n; i++)
-        before[i] = add ? (double)c[i / n][i % n] : 0;
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++)
+            before[i * n + j] = add ? (double)c[i][column + j] : 0;
     begin_gemm(half);
-    half->gemm(m, n, k, a, step, b, c, 0, add, first);
+    half->gemm(m, n, k, a, step, b, c, column, add, first);
     end_gemm(half);
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++) {
             double sum = before[i * n + j], size = fabs(sum);
             for (int t = 0; t < 2 * k; t++) {
                 const double term = half_value(formats[0], a[i][t / 2 * step * 2 + t % 2]) *
-                                    half_value(formats[0], b[t / 2][2 * j + t % 2]);
+                                    half_value(formats[0], b[t / 2][2 * (column + j) + t % 2]);
                 sum += term;
                 size += fabs(term);
             }
             /* 2 k roundings of partial sums, and of products where they are not fused */
-            CHECK(fabs((double)c[i][j] - sum) <= (4 * k + 1) * (double)FLT_EPSILON * size, "[%d][%d] %g, not %g: %s", i,
-                  j, (double)c[i][j], sum, context);
+            CHECK(fabs((double)c[i][column + j] - sum) <= (4 * k + 1) * (double)FLT_EPSILON * size,
+                  "[%d][%d] %g, not %g: %s", i, j, (double)c[i][column + j], sum, context);
         }
     check_fence();
 }
 
-/* Words that are left out of a sum, which are zeros, and rows that are computed alone change no bit. */
+/* Words that are left out of a sum, which are zeros, and rows and columns that are computed alone change no bit. */
 static void check_pair_bits(const cmb_narrow_format *half, int m, int n, int k, int first) {
     CASE("pairs: bits of m %d n %d k %d first %d", m, n, k, first);
-    uint16_t **a = pair_rows_of(m, first + k), **b = pair_rows_of(first + k, n);
-    float **whole = rows_f32(m, n), **part = rows_f32(m, n);
+    uint16_t **a = pair_rows_of(m, first + k, (row_layout)random_below(NEIGHBOURS));
+    uint16_t **b = pair_rows_of(first + k, n, (row_layout)random_below(NEIGHBOURS));
+    float **whole = sums_of(m, n, random_below(2)), **part = rows_f32(m, n);
     const uint16_t **rest = take(m, sizeof *rest);
     for (int i = 0; i < m; i++) {
         memset(a[i], 0, (size_t)first * 4);
@@ -168,8 +192,11 @@ static void check_pair_bits(const cmb_narrow_format *half, int m, int n, int k, 
     }
     begin_gemm(half);
     half->gemm(m, n, first + k, a, 1, b, whole, 0, false, 0);
-    for (int i = 0; i < m; i++)
-        half->gemm(1, n, k, rest + i, 1, b + first, part + i, 0, false, first);
+    const int cut = random_below(n);
+    for (int i = 0; i < m; i++) {
+        half->gemm(1, cut, k, rest + i, 1, b + first, part + i, 0, false, first);
+        half->gemm(1, n - cut, k, rest + i, 1, b + first, part + i, cut, false, first);
+    }
     end_gemm(half);
     for (int i = 0; i < m; i++)
         CHECK(memcmp(whole[i], part[i], (size_t)n * sizeof **whole) == 0, "[%d]: %s", i, context);
@@ -221,7 +248,7 @@ static void pairs(void) {
             for (int n = 1; n <= width; n += 1 + random_below(5)) {
                 const int dim = 1 + random_below(40);
                 CASE("pairs: pack %d rows of %d to width %d", n, dim, width);
-                uint16_t **row = pair_rows_of(n, dim);
+                uint16_t **row = pair_rows_of(n, dim, APART);
                 uint32_t *packed = take(dim * width, 4), want;
                 half->pack(n, row, dim, width, packed);
                 for (int d = 0; d < dim; d++)
