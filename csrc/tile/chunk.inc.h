@@ -221,6 +221,8 @@ static void keep_seen_rows(tile_state *t, cmb_scratch *w) {
 /* `tile` is the worker's next tile, or -1. */
 static void begin_prefetch(const cmb_head *head, int32_t tile, cmb_scratch *w) {
     const cmb_tile *ahead = tile < 0 ? NULL : &head->plan->tile[tile];
+    if (!(head->stages & CMB_ATTEND)) /* then no tile of positions runs */
+        ahead = NULL;
     if (ahead && cmb_list_at(head->plan, ahead->query, 0) >= head->L) /* its queries, q_R, are not pooled yet */
         ahead = NULL;
     w->ahead = (prefetch_cursor){head, ahead, 0};
@@ -234,7 +236,7 @@ static inline void prefetch_row(table_row row, int64_t dim) {
         __builtin_prefetch(data + at);
 }
 
-/* Prefetches the next CMB_PREFETCH queries and rows. */
+/* Prefetches the next CMB_PREFETCH queries, with what is stored for them, and rows. */
 static void prefetch_some(cmb_scratch *w) {
     const cmb_head *head = w->ahead.head;
     const cmb_tile *tile = w->ahead.tile;
@@ -249,6 +251,9 @@ static void prefetch_some(cmb_scratch *w) {
             if (w->backward) {
                 prefetch_row(stored_row(head->out, x), head->Dv);
                 prefetch_row(stored_row(head->grad.out, x), head->Dv);
+                prefetch_row(real_row(at(head->grad.query, x)), head->D);
+            } else {
+                prefetch_row(head->result.data ? real_row(at(head->result, x)) : stored_row(head->out, x), head->Dv);
             }
         }
         if (n < row.count) {

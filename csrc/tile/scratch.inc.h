@@ -14,8 +14,9 @@ static const REAL lowest = sizeof(REAL) == 4 ? (REAL)-3.40282346638528859812e+38
  * drops the branches of the other case. */
 static const bool is_narrow = sizeof(STORED) < sizeof(REAL);
 
-/* The tile that this worker takes next. Its queries, and the rows of its last run, are prefetched while the products of
- * the tile at hand run: products leave memory idle, and as a rule no earlier tile has read those rows. */
+/* The tile that this worker takes next. Its queries, the rows that their results go to, and the rows of its last run
+ * are prefetched while the products of the tile at hand run: products leave memory idle, and as a rule no earlier tile
+ * has touched those rows. */
 typedef struct {
     const cmb_head *head;
     const cmb_tile *tile; /* NULL: nothing is left to prefetch */

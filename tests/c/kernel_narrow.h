@@ -109,6 +109,14 @@ static uint16_t *half_row(int n) {
     return x;
 }
 
+/* n pairs, aligned as words. */
+static uint16_t *random_words(int n) {
+    uint16_t *x = take(n, 2 * sizeof *x);
+    for (int i = 0; i < 2 * n; i++)
+        x[i] = random_bf16();
+    return x;
+}
+
 /* How rows lie in memory: each alone, one behind the other, in the opposite order, or each a word behind the one
  * before.
  */
@@ -118,9 +126,9 @@ typedef enum { APART, IN_ORDER, REVERSED, NEIGHBOURS, LAYOUTS } row_layout;
 static uint16_t **pair_rows_of(int n, int pairs, row_layout layout) {
     uint16_t **row = take(n, sizeof *row);
     const int words = layout == NEIGHBOURS ? pairs + n - 1 : n * pairs;
-    uint16_t *block = layout == APART ? NULL : half_row(2 * words);
+    uint16_t *block = layout == APART ? NULL : random_words(words);
     for (int i = 0; i < n; i++)
-        row[i] = layout == APART      ? half_row(2 * pairs)
+        row[i] = layout == APART      ? random_words(pairs)
                  : layout == IN_ORDER ? block + 2 * i * pairs
                  : layout == REVERSED ? block + 2 * (n - 1 - i) * pairs
                                       : block + 2 * i;
