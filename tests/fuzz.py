@@ -510,7 +510,7 @@ def check_decoder(fuzzed: Fuzzed, rng: np.random.Generator) -> None:
             given = {name: own.options[name] for name in ("is_causal", "scale")}
             whole = Selected(pattern, combiner.select(*own.inputs[:2], pattern, k, block=1, **given), block=1)
         expected = combiner.attention(*own.inputs, whole, **own.options)
-        if takes_pairs(dtype) and isinstance(pattern, Tree) and not pattern.branching.bit_count() == 1:
+        if takes_pairs(dtype) and isinstance(pattern, Tree) and pattern.branching.bit_count() != 1:
             within = 2 * unit(dtype) * np.abs(expected.astype(np.float64)) + 2.0**-20 * largest(p.inputs[2])
             close(out.astype(np.float64), expected.astype(np.float64), within, "out of a decoder")
             continue

@@ -15,7 +15,7 @@
  * Every function may overwrite these registers: none that is called between matrix_begin and matrix_end may use them.
  */
 
-/* In assembly, because the compiler's own functions name registers but do not say which memory they read. */
+/* In assembly: GCC's intrinsics for these instructions do not say which memory they read and write. */
 #define MATRIX_ZERO(c) __asm__ volatile("tilezero %%tmm" #c ::: "memory")
 #define MATRIX_LOAD(a, from)                                                                            \
     do {                                                                                                \
@@ -92,7 +92,7 @@ INLINE matrix_rows operand_of_columns(int rows, int n, const float *const *row, 
     return copied_rows(copy);
 }
 
-/* Stores, or adds, a register's first rows and columns, which are in `sum`. */
+/* Stores the first rows and columns of `sum`, a copy of a register, in c, or adds them to c. */
 INLINE void add_sums(int rows, int columns, const float *sum, float *const *c, int64_t column, bool add) {
     for (int i = 0; i < rows; i++) {
         const vec_f32 x = load_f32(sum + i * SIDE);

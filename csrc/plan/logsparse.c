@@ -109,13 +109,14 @@ static void attend_siblings(cmb_build *build, const dyadic *blocks, int64_t a, i
     for (int level = 0; level <= top; level++)
         for (int64_t own = a >> level; own << level < a + most; own++) {
             int64_t sibling = own ^ 1;
-            /* Attended by queries of a longer plan: query a's row stands in, so that rows have the same places. */
-            if (own << level >= a + n && level > 0 && level < INSIDE && sibling < own) {
-                region[regions] = (int32_t)a;
-                region_mask[regions++] = 0;
-            }
-            if (own << level >= a + n)
+            if (own << level >= a + n) {
+                /* Queries of a longer plan attend it. Query a's row stands in, so that rows have the same places. */
+                if (level > 0 && level < INSIDE && sibling < own) {
+                    region[regions] = (int32_t)a;
+                    region_mask[regions++] = 0;
+                }
                 continue;
+            }
             if (!is_attended(blocks, level, sibling) || sibling << level >= blocks->L)
                 continue;
             bool is_position = is_sparse || level == 0;

@@ -117,9 +117,7 @@ static uint16_t *random_words(int n) {
     return x;
 }
 
-/* How rows lie in memory: each alone, one behind the other, in the opposite order, or each a word behind the one
- * before.
- */
+/* How rows lie in memory: each alone; one behind the other, in this or the opposite order; a word apart. */
 typedef enum { APART, IN_ORDER, REVERSED, NEIGHBOURS, LAYOUTS } row_layout;
 
 /* Rows of pairs. */
