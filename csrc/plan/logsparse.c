@@ -6,15 +6,14 @@
  *   level 1    |  0  |  1  |  2  |  3  |    Query 5 attends itself, its sibling 4 on level 0, block 3 on level 1 unless
  *   level 2    |     0     |     1     |    causal, and block 0 on level 2.
  *
- * Tree(2) has the hierarchical form's parts. This builder stays beside it because it pools and summarizes all levels of
- * 2,048 positions in one task, while they are in the cache, where a tree takes a wave for each level. */
+ * Tree(2) has the hierarchical form's parts. This builder's tiles gather a query's blocks of all levels in two lists,
+ * where a tree's have a run for each level. */
 #include "plan/build.h"
 
 enum {
     NARROW = 16,         /* queries of a tile: 64 would see three times the rows that 16 do */
-    TASK_QUERIES = 1024, /* hierarchical: queries of a task */
-    CHUNK_LEVEL = 9,     /* flat: a task has 2^9 positions, with the smaller blocks in them */
-    HALVES_LEVEL = 11,   /* hierarchical: a task summarizes the blocks in 2^11 positions */
+    CHUNK_LEVEL = 8,     /* flat: a task has 2^8 positions, with the smaller blocks in them */
+    HALVES_LEVEL = 8,    /* hierarchical: the same */
 };
 
 /* Block b of level l: positions [b << l, (b + 1) << l), clipped to L. Level 0 is the positions themselves. */
@@ -157,9 +156,9 @@ static void summarize_within(cmb_build *build, const dyadic *blocks, int top, in
     }
 }
 
-/* Whether the chunk is the last one of the level's block that holds it. */
-static bool ends_with(const dyadic *blocks, int level, int64_t chunk) {
-    return (chunk + 1) % (INT64_C(1) << (level - CHUNK_LEVEL)) == 0 || chunk == blocks->count[CHUNK_LEVEL] - 1;
+/* Whether the chunk, a block of `chunk_level`, is the last one of the level's block that holds it. */
+static bool ends_with(const dyadic *blocks, int level, int chunk_level, int64_t chunk) {
+    return (chunk + 1) % (INT64_C(1) << (level - chunk_level)) == 0 || chunk == blocks->count[chunk_level] - 1;
 }
 
 /* The blocks of CHUNK_LEVEL, from their positions, and those of higher levels, from their halves. A chunk's task has
@@ -174,7 +173,7 @@ static void summarize_big_blocks(cmb_build *build, const dyadic *blocks) {
             if (level == CHUNK_LEVEL)
                 cmb_build_pool(build, blocks->first[level] + b,
                                cmb_list_make(first, 1, cmb_min(INT64_C(1) << level, L - first)));
-            else if (ends_with(blocks, level, c))
+            else if (ends_with(blocks, level, CHUNK_LEVEL, c))
                 pool_blocks(build, blocks, level, b, b + 1);
         }
     }
@@ -182,7 +181,7 @@ static void summarize_big_blocks(cmb_build *build, const dyadic *blocks) {
     for (int64_t c = start; c < pooled && cmb_build_task(build); c++)
         for (int level = CHUNK_LEVEL; level <= blocks->top; level++) {
             int64_t b = c >> (level - CHUNK_LEVEL), first = b << level;
-            if (!ends_with(blocks, level, c) || !is_attended(blocks, level, b))
+            if (!ends_with(blocks, level, CHUNK_LEVEL, c) || !is_attended(blocks, level, b))
                 continue;
             cmb_build_tile(build, cmb_list_make(blocks->first[level] + b, 1, 1), 1);
             cmb_build_run(build, cmb_list_make(first, 1, cmb_min(INT64_C(1) << level, L - first)));
@@ -208,33 +207,32 @@ static void build_flat(cmb_build *build, const dyadic *blocks, bool is_sparse) {
     }
 }
 
-/* A block's summary needs its halves' summaries: first the blocks inside a chunk of 2^HALVES_LEVEL positions, a task
- * for each chunk; then the blocks that hold several chunks, in one task; then the queries. */
+/* A block's summary needs its halves' summaries: first those of the blocks inside a chunk of 2^HALVES_LEVEL positions,
+ * then a wave for each higher level, then the queries. A chunk's task has the blocks that end with the chunk. */
 static void build_hierarchical(cmb_build *build, const dyadic *blocks) {
-    int top = blocks->top < HALVES_LEVEL ? blocks->top : HALVES_LEVEL;
-    int64_t chunk = INT64_C(1) << HALVES_LEVEL;
+    const int top = blocks->top < HALVES_LEVEL ? blocks->top : HALVES_LEVEL;
+    const int64_t L = blocks->L, chunk = INT64_C(1) << HALVES_LEVEL, start = first_block(blocks, HALVES_LEVEL);
     if (top > 0)
         cmb_build_wave(build);
-    const int64_t start = first_block(blocks, HALVES_LEVEL) << HALVES_LEVEL;
-    for (int64_t first = start; top > 0 && first < blocks->L && cmb_build_task(build); first += chunk) {
-        pool_within(build, blocks, top, first, cmb_min(first + chunk, blocks->L));
+    for (int64_t first = start * chunk; top > 0 && first < L && cmb_build_task(build); first += chunk) {
+        pool_within(build, blocks, top, first, cmb_min(first + chunk, L));
         for (int level = 1; level <= top; level++)
             summarize_halves(build, blocks, level, first >> level, (first + chunk) >> level);
     }
-    if (blocks->top > top) {
+    for (int level = top + 1; level <= blocks->top; level++) {
         cmb_build_wave(build);
-        cmb_build_task(build);
-        for (int level = top + 1; level <= blocks->top; level++)
-            pool_blocks(build, blocks, level, 0, blocks->count[level]);
-        for (int level = top + 1; level <= blocks->top; level++)
-            summarize_halves(build, blocks, level, 0, blocks->count[level]);
+        for (int64_t c = start; c * chunk < L && cmb_build_task(build); c++) {
+            const int64_t b = c >> (level - HALVES_LEVEL);
+            if (!ends_with(blocks, level, HALVES_LEVEL, c))
+                continue;
+            pool_blocks(build, blocks, level, b, b + 1);
+            summarize_halves(build, blocks, level, b, b + 1);
+        }
     }
     cmb_build_wave(build);
-    for (int64_t a = blocks->first_query; a < blocks->L; a += NARROW) {
-        if ((a == blocks->first_query || a % TASK_QUERIES == 0) && !cmb_build_task(build))
-            break;
-        attend_siblings(build, blocks, a, cmb_min(NARROW, blocks->L - a), false);
-    }
+    for (int64_t first = start * chunk; first < L && cmb_build_task(build); first += chunk)
+        for (int64_t a = later(first, blocks->first_query); a < cmb_min(first + chunk, L); a += NARROW)
+            attend_siblings(build, blocks, a, cmb_min(NARROW, L - a), false);
 }
 
 cmb_status cmb_plan_logsparse(int64_t L, bool hierarchical, const cmb_plan_options *options, cmb_plan **plan,

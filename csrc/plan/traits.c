@@ -69,13 +69,31 @@ static bool is_task_fusible(const writers *w, int32_t task, int32_t t) {
     return true;
 }
 
-/* Rows of regions are written by pool steps and by the tiles that summarize them; rows of positions (their results and
+static int64_t count_rows(const cmb_plan *plan, int32_t tile) {
+    int64_t rows = 0;
+    for (int32_t run = plan->tile[tile].run; run < plan->tile[tile + 1].run; run++)
+        rows += plan->run[run].row.count;
+    return rows;
+}
+
+/* Whether the last tile attends far more rows than the middle one, as in dense attention. */
+static bool do_tiles_grow(const cmb_plan *plan) {
+    return plan->tiles > 0 && 2 * count_rows(plan, plan->tiles - 1) > 3 * count_rows(plan, plan->tiles / 2);
+}
+
+/* A single wave may go from its first task on or, as waves that are not fused do, from its last one on. The latter is
+ * better if the last tasks are the longest. The former is better for windows: the rows of a tile are then those that
+ * earlier tiles had, and its own, which are prefetched.
+ *
+ * Rows of regions are written by pool steps and by the tiles that summarize them; rows of positions (their results and
  * the state of their softmax) by the tiles that attend. A position that is a query of one tile alone waits for nothing,
  * so the arrays leave positions out where all are such. */
 static bool is_fusible(const writers *w) {
     enum { MAX_WAVES = 64 }; /* each takes a pass over all rows, and no builder makes as many */
     const cmb_plan *plan = w->plan;
-    if (plan->waves < 2 || plan->waves > MAX_WAVES)
+    if (plan->waves == 1)
+        return !do_tiles_grow(plan);
+    if (plan->waves < 1 || plan->waves > MAX_WAVES)
         return false;
     for (int64_t n = 0; n < plan->L + plan->R - w->first && !cmb_tick(w->cancel, 1); n++)
         w->task[n] = 0;

@@ -2,20 +2,28 @@
 /* Tree (docs/mathematics.md, section 3): a node of level t is a block of branching^t positions, and its children are
  * the nodes of level t - 1 in it. Nodes with the same parent, or all nodes of the top level, are a family. A query
  * attends its own node of level 1 directly and, on every level, the rest of the family of its own node. Causal plans
- * keep the prefix rule of build.h. */
+ * keep the prefix rule of build.h.
+ *
+ * A task has a block of positions and the nodes that end in it, so that the waves of a causal plan are fusible and a
+ * block is pooled, summarized and attended while it is in the cache. Tree(8), whose blocks have 256 positions:
+ *
+ *     wave 0      levels 1 and 2, whose nodes lie in one block
+ *     wave 1, ..  level 3, and so on: one level each, since a node has children in earlier blocks
+ *     last wave   the queries */
 #include "plan/build.h"
 
 enum {
     NARROW = 16,        /* queries of a tile if nodes of level 1 have no more: a wider tile would see many more rows */
     ROW_BRANCHING = 5,  /* from this branching on, a node is summarized by a tile of its own, with the row kernel */
-    TASK_NODES = 64,    /* nodes that a task summarizes */
-    TASK_QUERIES = 512, /* queries of a task */
+    BLOCK = 256,        /* the most positions of a block; it is whole nodes where they are smaller */
 };
 
 typedef struct {
     cmb_build *build;
     int64_t L, branching;
-    int top; /* the highest level with nodes that a query attends */
+    int64_t block;
+    int top;   /* the highest level with nodes that a query attends */
+    int inner; /* the highest level whose nodes lie in one block each, or 0 */
     bool is_causal;
     int64_t first[32]; /* table row of a level's node 0; level 0 is the positions */
     int64_t count[32];
@@ -29,34 +37,61 @@ static cmb_list children(const hierarchy *tree, int level, int64_t node, int64_t
     return cmb_list_make(tree->first[level - 1] + child, 1, end - child);
 }
 
+/* The first block with a node that the plan makes, or a query: a plan that continues has those before. */
+static int64_t first_block(const hierarchy *tree) {
+    return tree->build->first > 0 ? (tree->build->first - 1) / tree->block : 0;
+}
+
+/* The nodes of a level that end in block t. The last node ends with the sequence. */
+typedef struct {
+    int64_t first, end;
+} node_range;
+
+static node_range nodes_ending_in(const hierarchy *tree, int level, int64_t t) {
+    const int64_t size = tree->size[level], end = (t + 1) * tree->block;
+    const int64_t first = t * tree->block / size, made = cmb_complete(tree->build->first, size, 1);
+    return (node_range){first > made ? first : made, end < tree->L ? end / size : tree->count[level]};
+}
+
 /* A causal plan needs the nodes before its last query, which attends them or a node that holds them. A bidirectional
  * plan needs every node. */
-static void summarize_level(const hierarchy *tree, int level) {
+static int64_t needed_nodes(const hierarchy *tree, int level) {
+    return tree->is_causal ? (tree->L - 1) / tree->size[level] : tree->count[level];
+}
+
+static void pool_nodes(const hierarchy *tree, int level, node_range nodes) {
+    const bool is_whole = !tree->build->past; /* then all members are on record */
+    const int64_t end = is_whole ? nodes.end : cmb_min(nodes.end, needed_nodes(tree, level));
+    for (int64_t node = nodes.first; node < end; node++)
+        cmb_build_pool(tree->build, tree->first[level] + node, children(tree, level, node, 1));
+}
+
+static void summarize_nodes(const hierarchy *tree, int level, node_range nodes) {
     enum { NODES = 16 };
-    int64_t needed = tree->is_causal ? (tree->L - 1) / tree->size[level] : tree->count[level];
-    int64_t nodes = tree->branching < ROW_BRANCHING ? NODES : 1;
-    int64_t pooled = tree->build->past ? needed : tree->count[level]; /* without a past all members are on record */
+    const int64_t most = tree->branching < ROW_BRANCHING ? NODES : 1;
+    const int64_t end = cmb_min(nodes.end, needed_nodes(tree, level));
     uint64_t mask[NODES * ROW_BRANCHING];
+    for (int64_t node = nodes.first; node < end; node += most) {
+        const int64_t n = cmb_min(most, end - node);
+        const cmb_list row = children(tree, level, node, n);
+        cmb_build_tile(tree->build, cmb_list_make(tree->first[level] + node, 1, n), most > 1 ? cmb_tile_width(n) : 1);
+        for (int64_t k = 0; most > 1 && k < row.count; k++)
+            mask[k] = cmb_lane_mask(k / tree->branching, k / tree->branching + 1);
+        if (most > 1)
+            cmb_build_masked_run(tree->build, row, mask);
+        else
+            cmb_build_run(tree->build, row);
+    }
+}
+
+/* A wave: in the task of each block the nodes of levels [low, high] that end in it. */
+static void summarize_levels(const hierarchy *tree, int low, int high) {
     cmb_build_wave(tree->build);
-    for (int64_t x = cmb_complete(tree->build->first, tree->size[level], 1); x < pooled; x += TASK_NODES) {
-        if (!cmb_build_task(tree->build))
-            return;
-        int64_t end = cmb_min(x + TASK_NODES, pooled);
-        for (int64_t node = x; node < end; node++)
-            cmb_build_pool(tree->build, tree->first[level] + node, children(tree, level, node, 1));
-        end = cmb_min(end, needed);
-        for (int64_t node = x; node < end; node += nodes) {
-            int64_t n = cmb_min(nodes, end - node);
-            cmb_list row = children(tree, level, node, n);
-            cmb_build_tile(tree->build, cmb_list_make(tree->first[level] + node, 1, n),
-                           nodes > 1 ? cmb_tile_width(n) : 1);
-            for (int64_t k = 0; nodes > 1 && k < row.count; k++)
-                mask[k] = cmb_lane_mask(k / tree->branching, k / tree->branching + 1);
-            if (nodes > 1)
-                cmb_build_masked_run(tree->build, row, mask);
-            else
-                cmb_build_run(tree->build, row);
-        }
+    for (int64_t t = first_block(tree); t * tree->block < tree->L && cmb_build_task(tree->build); t++) {
+        for (int level = low; level <= high; level++)
+            pool_nodes(tree, level, nodes_ending_in(tree, level, t));
+        for (int level = low; level <= high; level++)
+            summarize_nodes(tree, level, nodes_ending_in(tree, level, t));
     }
 }
 
@@ -165,6 +200,21 @@ static void attend(const hierarchy *tree, int64_t a, int64_t n) {
     cmb_build_masked_run(tree->build, cmb_list_make(a, 1, n), mask);
 }
 
+/* A tile holds whole nodes of level 1, or lies in one. It is in the task of the block in which it ends. */
+static void attend_all(const hierarchy *tree) {
+    const int64_t b = tree->branching, start = tree->build->first, leaf = b > CMB_TILE ? start / b * b : 0;
+    const int64_t width = b <= NARROW ? NARROW / b * b : b <= CMB_TILE ? CMB_TILE / b * b : CMB_TILE;
+    int64_t block = first_block(tree) - 1;
+    cmb_build_wave(tree->build);
+    for (int64_t a = leaf + (start - leaf) / width * width, end; a < tree->L; a = end) {
+        end = cmb_min(b > CMB_TILE ? cmb_min(a + width, (a / b + 1) * b) : a + width, tree->L);
+        for (; block < (end - 1) / tree->block; block++)
+            if (!cmb_build_task(tree->build))
+                return;
+        attend(tree, a, end - a);
+    }
+}
+
 cmb_status cmb_plan_tree(int64_t L, int64_t branching, int64_t levels, const cmb_plan_options *options, cmb_plan **plan,
                          cmb_error *error) {
     *plan = NULL;
@@ -190,19 +240,15 @@ cmb_status cmb_plan_tree(int64_t L, int64_t branching, int64_t levels, const cmb
         return status;
     if (options->sparse)
         tree.top = 0;
-    for (int level = 1; level <= tree.top; level++)
-        summarize_level(&tree, level);
-    /* A tile holds whole nodes of level 1, or lies in one. */
-    int64_t width = b <= NARROW ? NARROW / b * b : b <= CMB_TILE ? CMB_TILE / b * b : CMB_TILE, task = -1;
-    const int64_t leaf = b > CMB_TILE ? build.first / b * b : 0;
-    cmb_build_wave(&build);
-    for (int64_t a = leaf + (build.first - leaf) / width * width; a < L;) {
-        if (a / TASK_QUERIES != task && !cmb_build_task(&build))
-            break;
-        task = a / TASK_QUERIES;
-        int64_t end = b > CMB_TILE ? cmb_min(a + width, (a / b + 1) * b) : a + width;
-        attend(&tree, a, cmb_min(end, L) - a);
-        a = end;
+    tree.block = BLOCK;
+    for (int level = 1; level <= tree.top && tree.size[level] <= BLOCK; level++) {
+        tree.block = BLOCK / tree.size[level] * tree.size[level];
+        tree.inner = level;
     }
+    if (tree.inner > 0)
+        summarize_levels(&tree, 1, tree.inner);
+    for (int level = tree.inner + 1; level <= tree.top; level++)
+        summarize_levels(&tree, level, level);
+    attend_all(&tree);
     return cmb_build_end(&build, plan, error);
 }

@@ -240,9 +240,9 @@ static void heads_as_lanes(void) {
 /* Long enough for two threads to run fused waves; seven threads run wave by wave. */
 static void fused_waves(void) {
     static const int counts[] = {1, 2, 7};
-    for (int which = FIXED; which <= LOGSPARSE; which++) {
+    for (int which = FIXED; which <= TREE; which++) {
         request asked = large((pattern)which);
-        asked.L = which == FIXED ? 1100 : 2600; /* a task has 256 or 512 positions */
+        asked.L = which == FIXED ? 1100 : 2600; /* a task has 256 positions */
         asked.D = asked.Dv = 8;
         asked.options.pooling = which == FIXED ? CMB_POOL_MAX : CMB_POOL_FIRST;
         fixture *f[3];

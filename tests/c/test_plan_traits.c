@@ -38,6 +38,19 @@ static bool list_follows(const cmb_plan *plan, const vector *writers, cmb_list l
     return true;
 }
 
+static int64_t count_rows_of(const cmb_plan *plan, int64_t tile) {
+    int64_t rows = 0;
+    for (int64_t run = plan->tile[tile].run; run < plan->tile[tile + 1].run; run++)
+        rows += plan->run[run].row.count;
+    return rows;
+}
+
+/* Of a single wave's tasks the last ones go first if they are the longest. */
+static bool ends_with_longest(const cmb_plan *plan) {
+    return plan->waves == 1 && plan->tiles > 0 &&
+           (double)count_rows_of(plan, plan->tiles - 1) > 1.5 * (double)count_rows_of(plan, plan->tiles / 2);
+}
+
 /* Runs the tasks through: the t-th of every wave, then the next ones. */
 static bool can_be_fused(const cmb_plan *plan) {
     vector *writers = make_lists(plan->L + plan->R + 1);
@@ -66,15 +79,16 @@ static bool can_be_fused(const cmb_plan *plan) {
         }
     free_lists(writers, plan->L + plan->R + 1);
     free(done);
-    return fits && plan->waves > 1;
+    return fits && plan->waves > 0 && !ends_with_longest(plan);
 }
 
 static void check_fusible(const factorization *f, const cmb_plan *plan) {
     CHECK(plan->traits.is_fusible == can_be_fused(plan), "kind %d L %lld span %lld: %d", (int)f->kind, (long long)f->L,
           (long long)f->span, plan->traits.is_fusible);
     const bool has_spans = f->kind == FIXED || f->kind == FIXED_WINDOW || f->kind == HEAVY;
-    if ((has_spans || f->kind == LOGSPARSE) && f->is_causal && !f->is_sparse)
-        CHECK(plan->traits.is_fusible == (plan->waves > 1));
+    const bool has_levels = f->kind == LOGSPARSE || f->kind == HIERARCHICAL || f->kind == TREE || f->kind == TREE2;
+    if ((has_spans || has_levels) && f->is_causal && !f->is_sparse && plan->waves > 1)
+        CHECK(plan->traits.is_fusible);
 }
 
 static void test_fusible(void) { with_many_plans(check_fusible); }
@@ -347,7 +361,7 @@ static void test_long_lists_are_judged_by_their_ends(void) {
             end_after(300);
             CHECK((which ? cmb_plan_fixed(L, 512, 1, &options, &plan, NULL)
                          : cmb_plan_dense(L, &options, &plan, NULL)) == CMB_OK);
-            CHECK(plan->traits.is_fusible == (which && is_causal) && !plan->traits.has_multi_tile_queries &&
+            CHECK(plan->traits.is_fusible == (which == is_causal) && !plan->traits.has_multi_tile_queries &&
                   !plan->traits.only_attends);
             CHECK((size_t)heap.peak < 4 * cmb_plan_bytes(plan), "%lld bytes for %zu", (long long)heap.peak,
                   cmb_plan_bytes(plan));
