@@ -115,6 +115,35 @@ static void K(row_softmax_backward)(int64_t n, REAL *s, REAL *dp, const REAL *bi
 
 /* ---- the softmax of 16 lanes -------------------------------------------------------------------- */
 
+/* The i-th logit of a column, -inf where the mask hides it: then s becomes -inf too. */
+INLINE vec K(masked_logit)(int64_t i, REAL *column, int width, const uint64_t *mask, const REAL *bias, int lane) {
+    const vec none = broadcast(-(REAL)INFINITY);
+    vec x = load(column + i * width);
+    if (mask) {
+        x = select_lanes(mask[i] >> lane, x, none);
+        store(column + i * width, x);
+    }
+    if (!bias)
+        return x;
+    x += broadcast(bias[i]);
+    return mask ? select_lanes(mask[i] >> lane, x, none) : x;
+}
+
+/* The largest of `top` and the n logits of a column, in chains of maxima that do not wait for one another. */
+INLINE vec K(largest)(int64_t n, REAL *column, int width, const uint64_t *mask, const REAL *bias, int lane, vec top) {
+    enum { CHAINS = 4 };
+    const vec none = broadcast(-(REAL)INFINITY);
+    vec most[CHAINS] = {top, none, none, none};
+    int64_t i = 0;
+    for (; i + CHAINS <= n; i += CHAINS)
+        UNROLL
+    for (int c = 0; c < CHAINS; c++)
+        most[c] = maximum(K(masked_logit)(i + c, column, width, mask, bias, lane), most[c]);
+    for (; i < n; i++)
+        most[0] = maximum(K(masked_logit)(i, column, width, mask, bias, lane), most[0]);
+    return maximum(maximum(most[3], most[2]), maximum(most[1], most[0]));
+}
+
 INLINE bool K(softmax_of)(int64_t n, REAL *s, int width, const uint64_t *mask, const REAL *bias, int lane0, REAL *m,
                           REAL *l, REAL *alpha) {
     CMB_ASSERT(n >= 0 && width % CMB_GROUP == 0 && lane0 % CMB_GROUP == 0 && 0 <= lane0 && lane0 < width);
@@ -122,20 +151,7 @@ INLINE bool K(softmax_of)(int64_t n, REAL *s, int width, const uint64_t *mask, c
     for (int v = 0; v < CMB_GROUP; v += LANES) {
         REAL *column = s + lane0 + v;
         const vec old = load(m + lane0 + v);
-        vec top = old;
-        if (mask) {
-            for (int64_t i = 0; i < n; i++) {
-                vec x = select_lanes(mask[i] >> (lane0 + v), load(column + i * width), broadcast(-(REAL)INFINITY));
-                store(column + i * width, x);
-                x = bias ? x + broadcast(bias[i]) : x;
-                top = maximum(bias ? select_lanes(mask[i] >> (lane0 + v), x, broadcast(-(REAL)INFINITY)) : x, top);
-            }
-        } else {
-            for (int64_t i = 0; i < n; i++) {
-                vec x = load(column + i * width);
-                top = maximum(bias ? x + broadcast(bias[i]) : x, top);
-            }
-        }
+        const vec top = K(largest)(n, column, width, mask, bias, lane0 + v, old);
         const vec base = maximum(broadcast(LOWEST), top); /* not -inf: -inf - -inf is NaN */
         const vec a = K(exp_vec)(old - base);
         vec sum = {0}; /* of this chunk: adding small weights to a long sum one by one would lose their last bits */

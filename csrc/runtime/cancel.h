@@ -31,6 +31,11 @@ static inline bool cmb_tick(cmb_cancel *cancel, int64_t work) {
     return cmb_cancelled(cancel, 0);
 }
 
+/* The same for any worker. */
+static inline bool cmb_worker_tick(cmb_cancel *cancel, int worker, int64_t work) {
+    return worker == 0 ? cmb_tick(cancel, work) : atomic_load_explicit(&cancel->stop, memory_order_relaxed);
+}
+
 /* The status that the call returns at its end: CMB_OK or CMB_ERR_CANCELLED. */
 cmb_status cmb_cancel_status(const cmb_cancel *cancel, cmb_error *error);
 

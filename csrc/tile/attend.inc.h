@@ -9,6 +9,11 @@
  * is idle. (Backward, only if the query is a position.)
  */
 
+/* Whether the call is cancelled. Asked before the chunk's products, which take some nanoseconds for 16 logits. */
+static inline bool is_cancelled(const tile_state *t, const cmb_scratch *w) {
+    return cmb_worker_tick(w->cancel, w->worker, (int64_t)t->rows * t->tile->width / 16 + 16);
+}
+
 /* ---- dropout ------------------------------------------------------------------------------------ */
 
 /* Draws the factors of the chunk's weights. */
@@ -133,7 +138,7 @@ static bool attend_rows(const cmb_head *head, tile_state *t, bool exact, cmb_scr
     for (int lane = 0; lane < t->n; lane++)
         started |= l[lane] > 0;
     for (; gather(head, t, w); started = true) {
-        if (cmb_cancelled(w->cancel, w->worker))
+        if (is_cancelled(t, w))
             return false;
         begin_products(t, w);
         row_products(t, w->key, head->D, w->packed, w->s, false, false, w);
@@ -184,9 +189,12 @@ static void lane_tile(const cmb_head *head, const cmb_tile *tile, bool exact, cm
         lane_tile(head, tile, true, w); /* from the start: nothing is stored yet */
         return;
     }
-    for (int lane = 0; lane < t.n; lane++)
+    for (int lane = 0; lane < t.n; lane++) {
+        if (lane % 2 == 0)
+            prefetch_some(w);
         finish_lane(head, &t, lane, w->softmax_state[lane], w->softmax_state[CMB_TILE + lane], w->lane_sum[lane],
                     w->attending, w);
+    }
     if (before) /* the scratch holds the regions' softmax */
         w->last_tile = NULL;
 }
@@ -236,7 +244,7 @@ static void row_tile(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w)
     const table_row row = query_row(head, cmb_list_at(head->plan, tile->query, 0), w);
     const REAL *query = scaled_query(head, as_real(row, head->D, w->query_copy, w), w);
     while (gather(head, &t, w)) {
-        if (cmb_cancelled(w->cancel, w->worker))
+        if (is_cancelled(&t, w))
             return;
         keep_seen_rows(&t, w);
         if (t.rows == 0)
@@ -363,7 +371,7 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
     }
 
     while (gather(head, &t, w)) {
-        if (cmb_cancelled(w->cancel, w->worker))
+        if (is_cancelled(&t, w))
             return;
         begin_products(&t, w);
         row_products(&t, w->key, head->D, w->packed, w->s, false, true, w);
@@ -416,7 +424,7 @@ static void row_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_sc
         sink_gradients(head, &t, 1, &m, &inverse_l, &delta, w);
     const REAL *query = scaled_query(head, w->lane_query[0], w);
     while (gather(head, &t, w)) {
-        if (cmb_cancelled(w->cancel, w->worker))
+        if (is_cancelled(&t, w))
             return;
         keep_seen_rows(&t, w);
         if (t.rows == 0)

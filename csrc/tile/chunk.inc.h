@@ -236,14 +236,14 @@ static inline void prefetch_row(table_row row, int64_t dim) {
         __builtin_prefetch(data + at);
 }
 
-/* Prefetches the next CMB_PREFETCH queries, with what is stored for them, and rows. */
+/* Prefetches the next queries, with what is stored for them, and the next rows. */
 static void prefetch_some(cmb_scratch *w) {
     const cmb_head *head = w->ahead.head;
     const cmb_tile *tile = w->ahead.tile;
     if (!tile)
         return;
     const cmb_list query = tile->query, row = head->plan->run[tile[1].run - 1].row;
-    const int32_t end = w->ahead.next + CMB_PREFETCH;
+    const int32_t end = w->ahead.next + 1 + (CMB_PREFETCH_BYTES - 1) / (int32_t)(head->D * (int64_t)sizeof(STORED));
     for (int32_t n = w->ahead.next; n < end; n++) {
         if (n < query.count) {
             const int32_t x = cmb_list_at(head->plan, query, n);
@@ -260,6 +260,10 @@ static void prefetch_some(cmb_scratch *w) {
             const int32_t x = cmb_list_at(head->plan, row, n);
             prefetch_row(key_row(head, x), head->D);
             prefetch_row(value_row(head, x), head->Dv);
+            if (w->backward) {
+                prefetch_row(real_row(key_grad_row(head, x)), head->D);
+                prefetch_row(real_row(value_grad_row(head, x)), head->Dv);
+            }
         }
     }
     w->ahead.next = end;

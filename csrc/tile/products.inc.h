@@ -28,8 +28,8 @@ static inline int window_height(const tile_state *t, const cmb_scratch *w) {
     return group > CMB_BLOCK ? group : CMB_BLOCK;
 }
 
-/* Rows of a product between two prefetches, and of one turn where workers share gradient rows: whole windows, so that
- * row_sums multiplies only what row_products has computed, and tested. */
+/* Rows of one turn where workers share gradient rows: whole windows, so that row_sums multiplies only what row_products
+ * has computed, and tested. */
 static inline int slice_rows(const tile_state *t, const cmb_scratch *w) { return 2 * window_height(t, w); }
 
 /* The lane groups [*from, *to): every lane that sees one of the rows [i, end) is in one of them. */
@@ -76,11 +76,11 @@ static void row_windows(const cmb_scratch *w, int rows, int together, uint8_t fi
 
 /* ---- the kernels -------------------------------------------------------------------------------- */
 
-/* gemm of words, the first of which is word `first` of the sum, in slices of rows. The next tile's rows are prefetched
- * between two slices. */
+/* gemm of words, the first of which is word `first` of the sum, in slices of one or two micro-kernels' rows. The next
+ * tile's rows are prefetched between two slices. */
 static inline void gemm(const tile_state *t, int64_t m, int64_t n, int64_t k, const REAL *const *a, int64_t a_step,
                         const REAL *const *b, REAL *const *c, int64_t column, bool add, int64_t first, cmb_scratch *w) {
-    const int64_t rows = slice_rows(t, w);
+    const int64_t rows = n > 2 * CMB_GROUP && !is_paired(t) ? CMB_BLOCK : slice_rows(t, w);
     for (int64_t i = 0; i < m; i += rows) {
         const int64_t slice = m - i < rows ? m - i : rows;
         prefetch_some(w);

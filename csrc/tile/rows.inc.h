@@ -122,6 +122,15 @@ static inline table_row out_grad_row(const cmb_head *head, int64_t x) {
     return x < head->L ? stored_row(head->grad.out, x) : real_row(zeroed_at(head->grad.region_value, x - head->L));
 }
 
+/* The rows of dK and dV, which may not be zeroed yet. */
+static inline REAL *key_grad_row(const cmb_head *head, int64_t x) {
+    return x < head->L ? at(head->grad.key, x) : at(head->grad.region_key, x - head->L);
+}
+
+static inline REAL *value_grad_row(const cmb_head *head, int64_t x) {
+    return x < head->L ? at(head->grad.value, x) : at(head->grad.region_value, x - head->L);
+}
+
 /* ---- biases ------------------------------------------------------------------------------------- */
 
 /* b of row x. */
