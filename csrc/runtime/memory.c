@@ -18,10 +18,19 @@ typedef struct {
     size_t bytes; /* without the header */
 } block_header;
 
-enum { KEPT_BLOCKS = 16 }; /* a training step releases about ten: results, saved arrays, workspaces */
+/* A place for a released block. A thread owns a block once it has exchanged it for NULL, and may read its header only
+ * then: the other fields say what it last held, for threads that choose a place. */
+typedef struct {
+    _Atomic(block_header *) block;
+    atomic_size_t bytes;
+    atomic_uint turn; /* in which it was filled */
+} kept_place;
+
+enum { KEPT_BLOCKS = 64 }; /* a training step of a mixture releases some twenty: results, saved arrays, workspaces */
 static const size_t header_bytes = 64, huge_page = 2 << 20, large_block = 256 << 10, max_kept_bytes = 512 << 20;
-static _Atomic(block_header *) kept[KEPT_BLOCKS];
+static kept_place kept[KEPT_BLOCKS];
 static atomic_size_t kept_bytes; /* a block counts from before it is kept until after it is freed or taken */
+static atomic_uint turns;
 
 static void free_kept(block_header *block) {
     if (block) {
@@ -30,36 +39,61 @@ static void free_kept(block_header *block) {
     }
 }
 
-/* A kept block of at least `bytes`, of which less than an eighth is wasted, or NULL. */
+/* Whether a block may be handed out for `bytes`: less than an eighth of it is wasted. */
+static bool does_fit(size_t block, size_t bytes) { return block >= bytes && block - bytes < block / 8; }
+
+/* A kept block for `bytes`, or NULL. */
 static block_header *take_kept(size_t bytes) {
     for (int i = 0; i < KEPT_BLOCKS; i++) {
-        block_header *block = atomic_load(&kept[i]) ? atomic_exchange(&kept[i], NULL) : NULL;
-        if (block && block->bytes >= bytes && block->bytes - bytes < block->bytes / 8) {
+        if (!does_fit(atomic_load_explicit(&kept[i].bytes, memory_order_relaxed), bytes) || !atomic_load(&kept[i].block))
+            continue;
+        block_header *block = atomic_exchange(&kept[i].block, NULL);
+        if (block && does_fit(block->bytes, bytes)) {
             atomic_fetch_sub(&kept_bytes, block->bytes);
             return block;
         }
-        if (block)
-            free_kept(atomic_exchange(&kept[i], block)); /* another thread may have filled the place */
+        if (block) /* another thread has filled the place since */
+            free_kept(atomic_exchange(&kept[i].block, block));
     }
     return NULL;
 }
 
-static void keep(block_header *block) {
-    static atomic_uint turn;
-    atomic_fetch_add(&kept_bytes, block->bytes);
-    for (int i = 0; i < KEPT_BLOCKS && atomic_load(&kept_bytes) > max_kept_bytes; i++)
-        free_kept(atomic_exchange(&kept[i], NULL));
+/* The place that was filled first, or an empty one. */
+static kept_place *oldest_place(bool may_be_empty) {
+    const unsigned now = atomic_load(&turns);
+    kept_place *oldest = NULL;
+    unsigned age = 0;
     for (int i = 0; i < KEPT_BLOCKS; i++) {
-        block_header *empty = NULL;
-        if (atomic_compare_exchange_strong(&kept[i], &empty, block))
-            return;
+        const bool is_empty = !atomic_load(&kept[i].block);
+        if (is_empty && may_be_empty)
+            return &kept[i];
+        const unsigned other = now - atomic_load_explicit(&kept[i].turn, memory_order_relaxed);
+        if (!is_empty && (!oldest || other > age)) {
+            oldest = &kept[i];
+            age = other;
+        }
     }
-    free_kept(atomic_exchange(&kept[atomic_fetch_add(&turn, 1) % KEPT_BLOCKS], block));
+    return oldest;
+}
+
+/* Keeps a block in the place of the oldest ones. */
+static void keep(block_header *block) {
+    const size_t bytes = block->bytes;
+    atomic_fetch_add(&kept_bytes, bytes);
+    for (int i = 0; i < KEPT_BLOCKS && atomic_load(&kept_bytes) > max_kept_bytes; i++) {
+        kept_place *place = oldest_place(false);
+        if (place)
+            free_kept(atomic_exchange(&place->block, NULL));
+    }
+    kept_place *place = oldest_place(true);
+    free_kept(atomic_exchange(&place->block, block));
+    atomic_store_explicit(&place->bytes, bytes, memory_order_relaxed);
+    atomic_store_explicit(&place->turn, atomic_fetch_add(&turns, 1), memory_order_relaxed);
 }
 
 void cmb_release_kept(void) {
     for (int i = 0; i < KEPT_BLOCKS; i++)
-        free_kept(atomic_exchange(&kept[i], NULL));
+        free_kept(atomic_exchange(&kept[i].block, NULL));
     cmb_trim_heap(); /* malloc keeps freed memory too */
 }
 
