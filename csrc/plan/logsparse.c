@@ -11,9 +11,8 @@
 #include "plan/build.h"
 
 enum {
-    NARROW = 16,         /* queries of a tile: 64 would see three times the rows that 16 do */
-    CHUNK_LEVEL = 8,     /* flat: a task has 2^8 positions, with the smaller blocks in them */
-    HALVES_LEVEL = 8,    /* hierarchical: the same */
+    NARROW = 16,     /* queries of a tile: 64 would see three times the rows that 16 do */
+    CHUNK_LEVEL = 8, /* a task has a chunk of 2^8 positions, with the smaller blocks in it */
 };
 
 /* Block b of level l: positions [b << l, (b + 1) << l), clipped to L. Level 0 is the positions themselves. */
@@ -156,9 +155,9 @@ static void summarize_within(cmb_build *build, const dyadic *blocks, int top, in
     }
 }
 
-/* Whether the chunk, a block of `chunk_level`, is the last one of the level's block that holds it. */
-static bool ends_with(const dyadic *blocks, int level, int chunk_level, int64_t chunk) {
-    return (chunk + 1) % (INT64_C(1) << (level - chunk_level)) == 0 || chunk == blocks->count[chunk_level] - 1;
+/* Whether the chunk is the last one of the level's block that holds it. */
+static bool ends_with(const dyadic *blocks, int level, int64_t chunk) {
+    return (chunk + 1) % (INT64_C(1) << (level - CHUNK_LEVEL)) == 0 || chunk == blocks->count[CHUNK_LEVEL] - 1;
 }
 
 /* The blocks of CHUNK_LEVEL, from their positions, and those of higher levels, from their halves. A chunk's task has
@@ -173,7 +172,7 @@ static void summarize_big_blocks(cmb_build *build, const dyadic *blocks) {
             if (level == CHUNK_LEVEL)
                 cmb_build_pool(build, blocks->first[level] + b,
                                cmb_list_make(first, 1, cmb_min(INT64_C(1) << level, L - first)));
-            else if (ends_with(blocks, level, CHUNK_LEVEL, c))
+            else if (ends_with(blocks, level, c))
                 pool_blocks(build, blocks, level, b, b + 1);
         }
     }
@@ -181,7 +180,7 @@ static void summarize_big_blocks(cmb_build *build, const dyadic *blocks) {
     for (int64_t c = start; c < pooled && cmb_build_task(build); c++)
         for (int level = CHUNK_LEVEL; level <= blocks->top; level++) {
             int64_t b = c >> (level - CHUNK_LEVEL), first = b << level;
-            if (!ends_with(blocks, level, CHUNK_LEVEL, c) || !is_attended(blocks, level, b))
+            if (!ends_with(blocks, level, c) || !is_attended(blocks, level, b))
                 continue;
             cmb_build_tile(build, cmb_list_make(blocks->first[level] + b, 1, 1), 1);
             cmb_build_run(build, cmb_list_make(first, 1, cmb_min(INT64_C(1) << level, L - first)));
@@ -207,11 +206,11 @@ static void build_flat(cmb_build *build, const dyadic *blocks, bool is_sparse) {
     }
 }
 
-/* A block's summary needs its halves' summaries: first those of the blocks inside a chunk of 2^HALVES_LEVEL positions,
+/* A block's summary needs its halves' summaries: first those of the blocks inside a chunk of 2^CHUNK_LEVEL positions,
  * then a wave for each higher level, then the queries. A chunk's task has the blocks that end with the chunk. */
 static void build_hierarchical(cmb_build *build, const dyadic *blocks) {
-    const int top = blocks->top < HALVES_LEVEL ? blocks->top : HALVES_LEVEL;
-    const int64_t L = blocks->L, chunk = INT64_C(1) << HALVES_LEVEL, start = first_block(blocks, HALVES_LEVEL);
+    const int top = blocks->top < CHUNK_LEVEL ? blocks->top : CHUNK_LEVEL;
+    const int64_t L = blocks->L, chunk = INT64_C(1) << CHUNK_LEVEL, start = first_block(blocks, CHUNK_LEVEL);
     if (top > 0)
         cmb_build_wave(build);
     for (int64_t first = start * chunk; top > 0 && first < L && cmb_build_task(build); first += chunk) {
@@ -222,8 +221,8 @@ static void build_hierarchical(cmb_build *build, const dyadic *blocks) {
     for (int level = top + 1; level <= blocks->top; level++) {
         cmb_build_wave(build);
         for (int64_t c = start; c * chunk < L && cmb_build_task(build); c++) {
-            const int64_t b = c >> (level - HALVES_LEVEL);
-            if (!ends_with(blocks, level, HALVES_LEVEL, c))
+            const int64_t b = c >> (level - CHUNK_LEVEL);
+            if (!ends_with(blocks, level, c))
                 continue;
             pool_blocks(build, blocks, level, b, b + 1);
             summarize_halves(build, blocks, level, b, b + 1);

@@ -13,9 +13,9 @@
 #include "plan/build.h"
 
 enum {
-    NARROW = 16,        /* queries of a tile if nodes of level 1 have no more: a wider tile would see many more rows */
-    ROW_BRANCHING = 5,  /* from this branching on, a node is summarized by a tile of its own, with the row kernel */
-    BLOCK = 256,        /* the most positions of a block; it is whole nodes where they are smaller */
+    NARROW = 16,       /* queries of a tile if nodes of level 1 have no more: a wider tile would see many more rows */
+    ROW_BRANCHING = 5, /* from this branching on, a node is summarized by a tile of its own, with the row kernel */
+    BLOCK = 256,       /* the most positions of a block; it is whole nodes where they are smaller */
 };
 
 typedef struct {

@@ -45,7 +45,8 @@ static bool does_fit(size_t block, size_t bytes) { return block >= bytes && bloc
 /* A kept block for `bytes`, or NULL. */
 static block_header *take_kept(size_t bytes) {
     for (int i = 0; i < KEPT_BLOCKS; i++) {
-        if (!does_fit(atomic_load_explicit(&kept[i].bytes, memory_order_relaxed), bytes) || !atomic_load(&kept[i].block))
+        if (!does_fit(atomic_load_explicit(&kept[i].bytes, memory_order_relaxed), bytes) ||
+            !atomic_load(&kept[i].block))
             continue;
         block_header *block = atomic_exchange(&kept[i].block, NULL);
         if (block && does_fit(block->bytes, bytes)) {

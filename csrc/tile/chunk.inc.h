@@ -236,6 +236,13 @@ static inline void prefetch_row(table_row row, int64_t dim) {
         __builtin_prefetch(data + at);
 }
 
+/* Whether neighbours in the list lie a multiple of 8 KiB apart, as in a column of a grid. Such rows fall into so few
+ * sets of a cache that prefetched ones would push out one another. */
+static inline bool would_collide(cmb_list list, cmb_rows rows) {
+    enum { APART = 8 << 10 };
+    return list.step > 1 && list.step * rows.row * (int64_t)sizeof(STORED) % APART == 0;
+}
+
 /* Prefetches the next queries, with what is stored for them, and the next rows. */
 static void prefetch_some(cmb_scratch *w) {
     const cmb_head *head = w->ahead.head;
@@ -256,7 +263,7 @@ static void prefetch_some(cmb_scratch *w) {
                 prefetch_row(head->result.data ? real_row(at(head->result, x)) : stored_row(head->out, x), head->Dv);
             }
         }
-        if (n < row.count) {
+        if (n < row.count && !would_collide(row, head->key)) {
             const int32_t x = cmb_list_at(head->plan, row, n);
             prefetch_row(key_row(head, x), head->D);
             prefetch_row(value_row(head, x), head->Dv);
