@@ -9,9 +9,11 @@
  * is idle. (Backward, only if the query is a position.)
  */
 
-/* Whether the call is cancelled. Asked before the chunk's products, which take some nanoseconds for 16 logits. */
-static inline bool is_cancelled(const tile_state *t, const cmb_scratch *w) {
-    return cmb_worker_tick(w->cancel, w->worker, (int64_t)t->rows * t->tile->width / 16 + 16);
+/* Whether the call is cancelled. Asked before the chunk's products, which take some nanoseconds for 16 logits of 64
+ * features. */
+static inline bool is_cancelled(const cmb_head *head, const tile_state *t, const cmb_scratch *w) {
+    const int64_t logits = (int64_t)t->rows * t->tile->width;
+    return cmb_worker_tick(w->cancel, w->worker, (logits / 16 + 1) * ((head->D + head->Dv) / 128 + 1));
 }
 
 /* ---- dropout ------------------------------------------------------------------------------------ */
@@ -138,7 +140,7 @@ static bool attend_rows(const cmb_head *head, tile_state *t, bool exact, cmb_scr
     for (int lane = 0; lane < t->n; lane++)
         started |= l[lane] > 0;
     for (; gather(head, t, w); started = true) {
-        if (is_cancelled(t, w))
+        if (is_cancelled(head, t, w))
             return false;
         begin_products(t, w);
         row_products(t, w->key, head->D, w->packed, w->s, false, false, w);
@@ -244,7 +246,7 @@ static void row_tile(const cmb_head *head, const cmb_tile *tile, cmb_scratch *w)
     const table_row row = query_row(head, cmb_list_at(head->plan, tile->query, 0), w);
     const REAL *query = scaled_query(head, as_real(row, head->D, w->query_copy, w), w);
     while (gather(head, &t, w)) {
-        if (is_cancelled(&t, w))
+        if (is_cancelled(head, &t, w))
             return;
         keep_seen_rows(&t, w);
         if (t.rows == 0)
@@ -371,7 +373,7 @@ static void lane_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_s
     }
 
     while (gather(head, &t, w)) {
-        if (is_cancelled(&t, w))
+        if (is_cancelled(head, &t, w))
             return;
         begin_products(&t, w);
         row_products(&t, w->key, head->D, w->packed, w->s, false, true, w);
@@ -424,7 +426,7 @@ static void row_tile_backward(const cmb_head *head, const cmb_tile *tile, cmb_sc
         sink_gradients(head, &t, 1, &m, &inverse_l, &delta, w);
     const REAL *query = scaled_query(head, w->lane_query[0], w);
     while (gather(head, &t, w)) {
-        if (is_cancelled(&t, w))
+        if (is_cancelled(head, &t, w))
             return;
         keep_seen_rows(&t, w);
         if (t.rows == 0)

@@ -76,8 +76,8 @@ static void row_windows(const cmb_scratch *w, int rows, int together, uint8_t fi
 
 /* ---- the kernels -------------------------------------------------------------------------------- */
 
-/* gemm of words, the first of which is word `first` of the sum, in slices of one or two micro-kernels' rows. The next
- * tile's rows are prefetched between two slices. */
+/* gemm of words, the first of which is word `first` of the sum, in slices of one micro-kernel's rows; narrow ones have
+ * twice as many. The next tile's rows are prefetched between two slices. */
 static inline void gemm(const tile_state *t, int64_t m, int64_t n, int64_t k, const REAL *const *a, int64_t a_step,
                         const REAL *const *b, REAL *const *c, int64_t column, bool add, int64_t first, cmb_scratch *w) {
     const int64_t rows = n > 2 * CMB_GROUP && !is_paired(t) ? CMB_BLOCK : slice_rows(t, w);
