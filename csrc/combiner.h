@@ -142,8 +142,8 @@ typedef struct {
 
 /* What is derived from a plan's arrays when the plan is made. The arrays that a caller brings leave it empty. */
 typedef struct {
-    bool is_fusible;             /* task t of every wave may run before task t + 1 of any wave, and a single wave does
-                                  * not end with its longest tasks, which had better run first */
+    bool is_fusible;             /* task t of every wave may run before task t + 1 of any wave. A single wave that ends
+                                  * with its longest tasks does not count: these had better run first */
     bool has_multi_tile_queries; /* some position is a query of more than one tile */
     bool only_attends;           /* it attends regions but pools none, so the caller gives them: for CMB_ATTEND alone */
     bool has_heads_tiles; /* some row tile is of a position that attends positions alone, without masks, and no tile of

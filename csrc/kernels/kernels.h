@@ -37,8 +37,8 @@ enum {
     CMB_BLOCK = 6,         /* rows that share a window of lane groups: the height of the widest micro-kernel */
     CMB_CHUNK_BYTES = 384, /* of one lane's logits in a chunk: 96 floats or 48 doubles, so that S, K or V, and Q^T fit
                             * into the first-level cache together */
-    CMB_PREFETCH_BYTES = 256, /* of each array in one prefetch, or one row: four arrays have 16 lines then, which is as
-                               * many misses as are served at once */
+    CMB_PREFETCH_BYTES = 256, /* of each array in one prefetch, but one row at least: the four arrays of forward have 16
+                               * lines then, about as many as a core fetches at once */
 };
 
 /* Which weights of one head are dropped (combiner.h): those whose 24 random bits are below `threshold`. */

@@ -115,7 +115,7 @@ static void K(row_softmax_backward)(int64_t n, REAL *s, REAL *dp, const REAL *bi
 
 /* ---- the softmax of 16 lanes -------------------------------------------------------------------- */
 
-/* The i-th logit of a column, -inf where the mask hides it: then s becomes -inf too. */
+/* The i-th logit of a column. Where the mask hides it, the logit and its element of s become -inf. */
 INLINE vec K(masked_logit)(int64_t i, REAL *column, int width, const uint64_t *mask, const REAL *bias, int lane) {
     const vec none = broadcast(-(REAL)INFINITY);
     vec x = load(column + i * width);

@@ -37,16 +37,16 @@ static cmb_list children(const hierarchy *tree, int level, int64_t node, int64_t
     return cmb_list_make(tree->first[level - 1] + child, 1, end - child);
 }
 
-/* The first block with a node that the plan makes, or a query: a plan that continues has those before. */
+/* The first block with a node or a query of this plan. A plan that this one continues has the blocks before. */
 static int64_t first_block(const hierarchy *tree) {
     return tree->build->first > 0 ? (tree->build->first - 1) / tree->block : 0;
 }
 
-/* The nodes of a level that end in block t. The last node ends with the sequence. */
 typedef struct {
     int64_t first, end;
 } node_range;
 
+/* The nodes of a level that end in block t. The last node ends with the sequence. */
 static node_range nodes_ending_in(const hierarchy *tree, int level, int64_t t) {
     const int64_t size = tree->size[level], end = (t + 1) * tree->block;
     const int64_t first = t * tree->block / size, made = cmb_complete(tree->build->first, size, 1);

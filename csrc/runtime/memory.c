@@ -18,15 +18,15 @@ typedef struct {
     size_t bytes; /* without the header */
 } block_header;
 
-/* A place for a released block. A thread owns a block once it has exchanged it for NULL, and may read its header only
- * then: the other fields say what it last held, for threads that choose a place. */
+/* A place for a released block. A thread that takes the block out, by exchanging it for NULL, owns it, and may read its
+ * header only then. Before, `bytes` and `turn` describe the block; they may be those of the place's last one. */
 typedef struct {
     _Atomic(block_header *) block;
     atomic_size_t bytes;
-    atomic_uint turn; /* in which it was filled */
+    atomic_uint turn; /* number of the block, in the order in which they were kept */
 } kept_place;
 
-enum { KEPT_BLOCKS = 64 }; /* a training step of a mixture releases some twenty: results, saved arrays, workspaces */
+enum { KEPT_BLOCKS = 64 }; /* a training step of one pattern releases about ten: results, saved arrays, workspaces */
 static const size_t header_bytes = 64, huge_page = 2 << 20, large_block = 256 << 10, max_kept_bytes = 512 << 20;
 static kept_place kept[KEPT_BLOCKS];
 static atomic_size_t kept_bytes; /* a block counts from before it is kept until after it is freed or taken */
@@ -59,7 +59,7 @@ static block_header *take_kept(size_t bytes) {
     return NULL;
 }
 
-/* The place that was filled first, or an empty one. */
+/* The place of the block that was kept first, or, if it may be empty, any empty place. NULL: no block is kept. */
 static kept_place *oldest_place(bool may_be_empty) {
     const unsigned now = atomic_load(&turns);
     kept_place *oldest = NULL;
@@ -77,7 +77,7 @@ static kept_place *oldest_place(bool may_be_empty) {
     return oldest;
 }
 
-/* Keeps a block in the place of the oldest ones. */
+/* Keeps a block. Where there are too many, or too many bytes, the oldest ones are freed. */
 static void keep(block_header *block) {
     const size_t bytes = block->bytes;
     atomic_fetch_add(&kept_bytes, bytes);

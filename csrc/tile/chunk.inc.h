@@ -218,6 +218,13 @@ static void keep_seen_rows(tile_state *t, cmb_scratch *w) {
 
 /* ---- prefetching the next tile ------------------------------------------------------------------ */
 
+/* Whether neighbours in the list lie a multiple of 8 KiB apart, as in a column of a grid. Such rows fall into so few
+ * sets of a cache that prefetched ones would push out one another. */
+static inline bool would_collide(cmb_list list, cmb_rows rows) {
+    enum { APART = 8 << 10 };
+    return list.step > 1 && list.step * rows.row * (int64_t)sizeof(STORED) % APART == 0;
+}
+
 /* `tile` is the worker's next tile, or -1. */
 static void begin_prefetch(const cmb_head *head, int32_t tile, cmb_scratch *w) {
     const cmb_tile *ahead = tile < 0 ? NULL : &head->plan->tile[tile];
@@ -225,7 +232,15 @@ static void begin_prefetch(const cmb_head *head, int32_t tile, cmb_scratch *w) {
         ahead = NULL;
     if (ahead && cmb_list_at(head->plan, ahead->query, 0) >= head->L) /* its queries, q_R, are not pooled yet */
         ahead = NULL;
-    w->ahead = (prefetch_cursor){head, ahead, 0};
+    w->ahead = (prefetch_cursor){.head = head};
+    if (!ahead)
+        return;
+    w->ahead.query = ahead->query;
+    w->ahead.row = head->plan->run[ahead[1].run - 1].row;
+    if (would_collide(w->ahead.row, head->key))
+        w->ahead.row.count = 0;
+    w->ahead.end = w->ahead.query.count > w->ahead.row.count ? w->ahead.query.count : w->ahead.row.count;
+    w->ahead.each = 1 + (CMB_PREFETCH_BYTES - 1) / (int32_t)(head->D * (int64_t)sizeof(STORED));
 }
 
 static inline void prefetch_row(table_row row, int64_t dim) {
@@ -236,22 +251,12 @@ static inline void prefetch_row(table_row row, int64_t dim) {
         __builtin_prefetch(data + at);
 }
 
-/* Whether neighbours in the list lie a multiple of 8 KiB apart, as in a column of a grid. Such rows fall into so few
- * sets of a cache that prefetched ones would push out one another. */
-static inline bool would_collide(cmb_list list, cmb_rows rows) {
-    enum { APART = 8 << 10 };
-    return list.step > 1 && list.step * rows.row * (int64_t)sizeof(STORED) % APART == 0;
-}
-
 /* Prefetches the next queries, with what is stored for them, and the next rows. */
 static void prefetch_some(cmb_scratch *w) {
     const cmb_head *head = w->ahead.head;
-    const cmb_tile *tile = w->ahead.tile;
-    if (!tile)
-        return;
-    const cmb_list query = tile->query, row = head->plan->run[tile[1].run - 1].row;
-    const int32_t end = w->ahead.next + 1 + (CMB_PREFETCH_BYTES - 1) / (int32_t)(head->D * (int64_t)sizeof(STORED));
-    for (int32_t n = w->ahead.next; n < end; n++) {
+    const cmb_list query = w->ahead.query, row = w->ahead.row;
+    for (int32_t i = 0; i < w->ahead.each && w->ahead.next < w->ahead.end; i++) {
+        const int32_t n = w->ahead.next++;
         if (n < query.count) {
             const int32_t x = cmb_list_at(head->plan, query, n);
             prefetch_row(query_row(head, x, w), head->D);
@@ -263,7 +268,7 @@ static void prefetch_some(cmb_scratch *w) {
                 prefetch_row(head->result.data ? real_row(at(head->result, x)) : stored_row(head->out, x), head->Dv);
             }
         }
-        if (n < row.count && !would_collide(row, head->key)) {
+        if (n < row.count) {
             const int32_t x = cmb_list_at(head->plan, row, n);
             prefetch_row(key_row(head, x), head->D);
             prefetch_row(value_row(head, x), head->Dv);
@@ -273,7 +278,4 @@ static void prefetch_some(cmb_scratch *w) {
             }
         }
     }
-    w->ahead.next = end;
-    if (end >= query.count && end >= row.count)
-        w->ahead.tile = NULL;
 }

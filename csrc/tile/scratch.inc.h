@@ -19,8 +19,9 @@ static const bool is_narrow = sizeof(STORED) < sizeof(REAL);
  * has touched those rows. */
 typedef struct {
     const cmb_head *head;
-    const cmb_tile *tile; /* NULL: nothing is left to prefetch */
-    int32_t next;         /* index of the next query and of the next row */
+    cmb_list query, row;
+    int32_t next, end; /* index of the next query and of the next row; nothing is left at `end` */
+    int32_t each;      /* queries, and rows, of one prefetch */
 } prefetch_cursor;
 
 struct cmb_scratch {
