@@ -255,8 +255,8 @@ static inline void prefetch_row(table_row row, int64_t dim) {
 static void prefetch_some(cmb_scratch *w) {
     const cmb_head *head = w->ahead.head;
     const cmb_list query = w->ahead.query, row = w->ahead.row;
-    for (int32_t i = 0; i < w->ahead.each && w->ahead.next < w->ahead.end; i++) {
-        const int32_t n = w->ahead.next++;
+    const int32_t end = (int32_t)cmb_min(w->ahead.next + w->ahead.each, w->ahead.end);
+    for (int32_t n = w->ahead.next; n < end; n++) {
         if (n < query.count) {
             const int32_t x = cmb_list_at(head->plan, query, n);
             prefetch_row(query_row(head, x, w), head->D);
@@ -278,4 +278,5 @@ static void prefetch_some(cmb_scratch *w) {
             }
         }
     }
+    w->ahead.next = end;
 }
