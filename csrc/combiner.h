@@ -153,6 +153,9 @@ typedef struct {
      * of the task's own memory, which has at most own_queries rows: no other task reads it. */
     const int32_t *query_row; /* [R] */
     int32_t own_queries, shared_queries;
+    /* The same of k_R, and of h_R where it is not kept, and of the gradients of both. */
+    const int32_t *key_row; /* [R] */
+    int32_t own_keys, shared_keys;
 
     const int32_t *pick; /* [R] with CMB_POOL_FIRST: the position that region r picks if no key is masked; else NULL */
 

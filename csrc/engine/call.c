@@ -113,22 +113,44 @@ static void plan_backward(cmb_call *call) {
     }
 }
 
-/* Where q_R lies: if that takes less memory, q_R that one task alone needs lies in the scratch of the task's worker.
- * The tiles of a task of a shared head run on several workers, so that there all q_R lie in the table. */
-static void place_queries(cmb_call *call) {
+/* Whether the k_R of a task may lie in scratch: they are pooled here from rows that remain, and nobody passes gradients
+ * of summaries, or asks for the summaries' keys. */
+static bool may_keys_be_own(const cmb_call *call) {
     const cmb_problem *p = call->problem;
-    int64_t own = 0, others = 0;
-    bool is_known = true;
-    for (int64_t i = 0; i < p->plans; i++) {
-        const cmb_plan *plan = p->plan[i];
-        is_known = is_known && plan->traits.query_row;
-        own = plan->traits.own_queries > own ? plan->traits.own_queries : own;
-        others = plan->traits.shared_queries > others ? plan->traits.shared_queries : others;
-    }
+    const cmb_gradients *g = call->gradients;
+    const bool has_gradients = g && (g->summary_key.data || g->summary_value.data);
+    return p->stages == CMB_BOTH && !cmb_picks_key(p) && !p->plan[0]->weighted && !cmb_region_key_of(p)->data &&
+           call->N == 0 && !call->are_heads_lanes && !has_gradients;
+}
+
+/* Rows in a worker's scratch, and rows in a slot's table: with `may_be_own`, rows that one task alone needs lie in the
+ * scratch of its worker, if that takes less memory. */
+static void place_rows(const cmb_call *call, bool may_be_own, int64_t own, int64_t others, int64_t *own_rows,
+                       int64_t *table_rows) {
     const bool is_less = call->workers * own + call->max_in_flight * others < call->max_in_flight * call->R;
-    const bool in_scratch = is_known && own > 0 && call->backward.shared == 0 && is_less && cmb_pools_query(p);
-    call->own_queries = in_scratch ? own : 0;
-    call->table_queries = in_scratch ? others : call->R;
+    const bool in_scratch = may_be_own && own > 0 && is_less;
+    *own_rows = in_scratch ? own : 0;
+    *table_rows = in_scratch ? others : call->R;
+}
+
+/* Where q_R and k_R lie. The tiles of a task of a shared head run on several workers, so that there all lie in tables.
+ */
+static void place_regions(cmb_call *call) {
+    const cmb_problem *p = call->problem;
+    int64_t queries = 0, other_queries = 0, keys = 0, other_keys = 0;
+    bool may_be_own = call->backward.shared == 0;
+    for (int64_t i = 0; i < p->plans; i++) {
+        const cmb_plan_traits *traits = &p->plan[i]->traits;
+        may_be_own = may_be_own && traits->query_row;
+        queries = cmb_max(traits->own_queries, queries);
+        other_queries = cmb_max(traits->shared_queries, other_queries);
+        keys = cmb_max(traits->own_keys, keys);
+        other_keys = cmb_max(traits->shared_keys, other_keys);
+    }
+    place_rows(call, may_be_own && cmb_pools_query(p), queries, other_queries, &call->own_queries,
+               &call->table_queries);
+    place_rows(call, may_be_own && may_keys_be_own(call), keys, other_keys, &call->own_keys, &call->table_keys);
+    call->are_values_own = call->own_keys > 0 && !call->is_backward && !p->summary_value.data;
 }
 
 void cmb_plan_call(cmb_call *call) {
@@ -144,7 +166,7 @@ void cmb_plan_call(cmb_call *call) {
         plan_backward(call);
     else
         plan_forward(call);
-    place_queries(call);
+    place_regions(call);
 }
 
 /* ---- memory ------------------------------------------------------------------------------------- */
@@ -188,7 +210,7 @@ static cmb_slot take_slot_of_group(const cmb_call *call, cmb_arena *arena) {
 static cmb_slot take_slot(const cmb_call *call, cmb_slot slot, cmb_arena *arena) {
     const cmb_problem *p = call->problem;
     const size_t positions = (size_t)call->queries; /* those that are queries */
-    const size_t R = (size_t)call->R, queries = (size_t)call->table_queries;
+    const size_t R = (size_t)call->R, queries = (size_t)call->table_queries, keys = (size_t)call->table_keys;
     const size_t size = call->stage->size, d = (size_t)p->D * size, dv = (size_t)p->Dv * size;
     const bool summarize = p->stages & CMB_SUMMARIZE, attend = p->stages & CMB_ATTEND;
     const bool is_narrow = call->is_narrow, is_apart = is_narrow || call->adds, backward = call->is_backward;
@@ -197,12 +219,12 @@ static cmb_slot take_slot(const cmb_call *call, cmb_slot slot, cmb_arena *arena)
     if (p->region_query.data ? summarize && is_narrow : cmb_pools_query(p))
         slot.query = cmb_take(arena, queries, d);
     if (cmb_region_key_of(p)->data ? is_narrow : summarize && !cmb_picks_key(p))
-        slot.key = cmb_take(arena, R, d);
+        slot.key = cmb_take(arena, keys, d);
     const bool keeps_biases = cmb_makes_region_bias(p) && (p->plan[0]->weighted || !cmb_picks_key(p));
     if (keeps_biases && !cmb_region_bias_of(p)->data)
         slot.bias = cmb_take(arena, R, size);
     if (is_narrow || !p->summary_value.data)
-        slot.value = cmb_take(arena, R, dv);
+        slot.value = cmb_take(arena, call->are_values_own ? keys : R, dv);
     if (summarize && !p->summary_softmax.data)
         slot.softmax = cmb_take(arena, R, 2 * size);
     if (attend && !p->softmax.data)
@@ -214,9 +236,9 @@ static cmb_slot take_slot(const cmb_call *call, cmb_slot slot, cmb_arena *arena)
     if (summarize && (is_narrow || !p->region_query.data))
         slot.query_grad = cmb_take(arena, queries, d);
     if (!is_key_shared(p) && (is_narrow || (summarize && !p->region_key.data)))
-        slot.key_grad = cmb_take(arena, R, d);
+        slot.key_grad = cmb_take(arena, keys, d);
     if (is_narrow || summarize)
-        slot.value_grad = cmb_take(arena, R, dv);
+        slot.value_grad = cmb_take(arena, keys, dv);
     if (is_apart)
         slot.position.query_grad = cmb_take(arena, positions, d);
     if (cmb_makes_region_bias(p))
@@ -261,6 +283,7 @@ void cmb_take_workspace(cmb_call *call, cmb_arena *arena) {
                                  .Dv = call->problem->Dv,
                                  .N = call->N,
                                  .queries = call->own_queries,
+                                 .keys = call->own_keys,
                                  .children = call->children,
                                  .dropout = call->dropout_threshold > 0,
                                  .softcap = call->problem->softcap > 0,

@@ -76,8 +76,11 @@ typedef struct {
     int64_t L, queries, R, N, children, tasks; /* the largest of the segments and plans */
     int32_t waves;
     bool has_multi_tile_queries; /* some query has several tiles: its result is kept between them */
-    int64_t own_queries;   /* rows of q_R in a worker's scratch, for the task at hand; 0: all are in the slot's table */
-    int64_t table_queries; /* rows of q_R in the slot's table */
+    /* Rows of q_R in a worker's scratch, for the task at hand, or 0 where all are in the slot's table; and rows of the
+     * table. The same of k_R, with the gradients of k_R and h_R. */
+    int64_t own_queries, table_queries;
+    int64_t own_keys, table_keys;
+    bool are_values_own; /* forward: h_R lie as k_R do */
 
     int64_t segments;
     cmb_segment *segment;  /* [segments] */

@@ -98,6 +98,8 @@ static cmb_head make_head(const cmb_call *call, const cmb_slot *slot) {
         .all_live = !p->key_mask, /* every region that a plan summarizes or attends has a pool, and no pool is empty */
         .pool_query = cmb_pools_query(p),
         .query_row = call->own_queries ? plan->traits.query_row : NULL,
+        .key_row = call->own_keys ? plan->traits.key_row : NULL,
+        .value_row = call->are_values_own ? plan->traits.key_row : NULL,
         .pool_key = summarize && !first && !p->region_key.data && !weighted,
         .pick_query = summarize && first && !p->region_query.data,
         .pick_key = summarize && first && !p->region_key.data && !weighted,
@@ -335,8 +337,10 @@ void cmb_begin_gradients(const cmb_call *call, cmb_slot *slot, int worker) {
                                                      : no_rows;
     const cmb_array *given_key = summarize ? &p->region_key : &p->summary_key;
     const bool begins_key = first || !given_key->data || given_key->heads == p->Hq;
-    head->grad.region_key = zeroed(own_or(slot->key_grad, D, region_key), R, D, slot->unzeroed.region_key, begins_key);
-    head->grad.region_value = zeroed(own_or(slot->value_grad, Dv, summarize ? no_rows : summary_value), R, Dv,
+    const int64_t keys = head->key_row ? call->table_keys : R;
+    head->grad.region_key =
+        zeroed(own_or(slot->key_grad, D, region_key), keys, D, slot->unzeroed.region_key, begins_key);
+    head->grad.region_value = zeroed(own_or(slot->value_grad, Dv, summarize ? no_rows : summary_value), keys, Dv,
                                      slot->unzeroed.region_value, true);
     begin_bias_gradients(call, slot);
     if (!summarize)

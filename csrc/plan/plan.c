@@ -16,6 +16,7 @@ static bool plan_size(const cmb_plan *plan, bool has_traits, size_t *bytes) {
         {(size_t)plan->runs, sizeof *plan->run},
         {(size_t)plan->indices, sizeof *plan->index},
         {regions, sizeof *plan->traits.query_row},
+        {regions, sizeof *plan->traits.key_row},
         {picks, sizeof *plan->traits.pick},
         {picks ? (size_t)plan->tiles : 0, sizeof *plan->traits.reused_rows},
     };

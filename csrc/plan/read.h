@@ -11,6 +11,7 @@ enum {
 };
 
 static inline int64_t cmb_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t cmb_max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* ---- lists ---- */
 

@@ -106,12 +106,12 @@ static bool is_fusible(const writers *w) {
     return true;
 }
 
-/* ---- query_row, own_queries, shared_queries ---- */
+/* ---- query_row, own_queries, shared_queries; key_row, own_keys, shared_keys ---- */
 
-enum { NO_TASK = -1, SEVERAL_TASKS = -2 }; /* in place of the one task that needs a region's q_R */
+enum { NO_TASK = -1, SEVERAL_TASKS = -2 }; /* in place of the one task that needs a region's row */
 
-/* `task` needs the q_R of the list's regions. */
-static void need_queries(const cmb_plan *plan, cmb_list list, int32_t task, int32_t *needs, cmb_cancel *cancel) {
+/* `task` needs the rows of the list's regions. */
+static void need_rows(const cmb_plan *plan, cmb_list list, int32_t task, int32_t *needs, cmb_cancel *cancel) {
     if (cmb_are_positions(plan, list) || cmb_tick(cancel, list.count))
         return;
     for (int32_t n = 0; n < list.count; n++) {
@@ -121,34 +121,38 @@ static void need_queries(const cmb_plan *plan, cmb_list list, int32_t task, int3
     }
 }
 
-/* A task needs the q_R that it pools, pools further or has as a query. needs[r] becomes the task that does. */
-static void find_query_rows(cmb_plan *plan, int32_t *query_row, int32_t *needs, cmb_cancel *cancel) {
-    cmb_plan_traits *traits = &plan->traits;
+/* A task needs the q_R that it pools, pools further or has as a query; of the k_R also those that it attends. needs[r]
+ * becomes the task that does, and row[r] the place of the row. */
+static void find_rows(const cmb_plan *plan, bool of_keys, int32_t *row, int32_t *own_rows, int32_t *shared_rows,
+                      int32_t *needs, cmb_cancel *cancel) {
     for (int32_t r = 0; r < plan->R && !cmb_tick(cancel, 1); r++) {
         needs[r] = NO_TASK;
-        query_row[r] = 0;
+        row[r] = 0;
     }
     for (int32_t task = 0; task < plan->tasks && !cmb_tick(cancel, 16); task++) {
         for (int32_t n = plan->task[task].pool; n < plan->task[task + 1].pool; n++) {
-            need_queries(plan, plan->pool[n].child, task, needs, cancel);
-            need_queries(plan, cmb_list_make(plan->pool[n].row, 1, 1), task, needs, cancel);
+            need_rows(plan, plan->pool[n].child, task, needs, cancel);
+            need_rows(plan, cmb_list_make(plan->pool[n].row, 1, 1), task, needs, cancel);
         }
-        for (int32_t n = plan->task[task].tile; n < plan->task[task + 1].tile; n++)
-            need_queries(plan, plan->tile[n].query, task, needs, cancel);
+        for (int32_t n = plan->task[task].tile; n < plan->task[task + 1].tile; n++) {
+            need_rows(plan, plan->tile[n].query, task, needs, cancel);
+            for (int32_t run = plan->tile[n].run; of_keys && run < plan->tile[n + 1].run; run++)
+                need_rows(plan, plan->run[run].row, task, needs, cancel);
+        }
     }
+    *own_rows = *shared_rows = 0;
     for (int32_t r = 0; r < plan->R && !cmb_tick(cancel, 1); r++)
         if (needs[r] == SEVERAL_TASKS)
-            query_row[r] = traits->shared_queries++;
+            row[r] = (*shared_rows)++;
     for (int32_t task = 0; task < plan->tasks && !cmb_tick(cancel, 16); task++) {
         int32_t own = 0;
         for (int32_t n = plan->task[task].pool; n < plan->task[task + 1].pool; n++) {
             const int64_t r = plan->pool[n].row - plan->L;
             if (r < plan->R && needs[r] == task)
-                query_row[r] = ~own++;
+                row[r] = ~own++;
         }
-        traits->own_queries = own > traits->own_queries ? own : traits->own_queries;
+        *own_rows = own > *own_rows ? own : *own_rows;
     }
-    traits->query_row = query_row;
 }
 
 /* ---- pick ---- */
@@ -322,10 +326,15 @@ cmb_status cmb_derive_traits(cmb_plan *plan, int32_t *rows, cmb_cancel *cancel, 
     if (!row)
         return CMB_ERR_MEMORY;
     traits->is_fusible = is_fusible(&(writers){plan, cancel, first, row, row + written});
-    find_query_rows(plan, rows, row, cancel);
+    find_rows(plan, false, rows, &traits->own_queries, &traits->shared_queries, row, cancel);
+    traits->query_row = rows;
+    rows += plan->R;
+    find_rows(plan, true, rows, &traits->own_keys, &traits->shared_keys, row, cancel);
+    traits->key_row = rows;
+    rows += plan->R;
     if (picks) {
-        find_picks(plan, rows + plan->R, row, cancel);
-        find_reused_rows(plan, rows + 2 * (int64_t)plan->R, row, cancel);
+        find_picks(plan, rows, row, cancel);
+        find_reused_rows(plan, rows + plan->R, row, cancel);
     }
     traits->only_attends = plan->pools == 0 && attends_regions(plan, cancel);
     cmb_release(row);

@@ -303,9 +303,10 @@ static void gather_queries(const cmb_head *head, const tile_state *t, cmb_scratc
         const int64_t x = cmb_list_at(head->plan, list, lane), r = x - head->L;
         const table_row query = query_row(head, cmb_list_at(head->plan, list, live_lane(t, lane)), w);
         w->lane_query[lane] = operand(t, query, head->D, w->query_copy + lane * head->D, w);
-        w->lane_grad[lane] = operand(t, out_grad_row(head, x), head->Dv, w->grad_copy + lane * head->Dv, w);
+        w->lane_grad[lane] = operand(t, out_grad_row(head, x, w), head->Dv, w->grad_copy + lane * head->Dv, w);
         w->lane_sum[lane] = r < 0 ? zeroed_at(head->grad.query, x)
-                                  : region_query_at(head, head->grad.region_query, w->own_query_grad, r);
+                                  : placed_gradient_at(head->query_row, head->grad.region_query, w->own_query_grad,
+                                                       head->D, r);
         w->lane_key_grad[lane] = t->weighted ? zeroed_at(head->grad.region_key, r) : NULL;
         if (t->weighted_bias)
             w->lane_bias_grad[lane] = zeroed_at(head->grad.region_bias, r);
@@ -327,7 +328,7 @@ static bool begin_lane_backward(const cmb_head *head, const tile_state *t, int l
     const REAL *result =
         r < 0 ? as_real(stored_row(head->out, x), head->Dv, w->result_copy, w) : at(head->region_value, r);
     const REAL *out_grad =
-        is_paired(t) ? as_real(out_grad_row(head, x), head->Dv, w->result_copy + head->Dv, w) : w->lane_grad[lane];
+        is_paired(t) ? as_real(out_grad_row(head, x, w), head->Dv, w->result_copy + head->Dv, w) : w->lane_grad[lane];
     w->kernel->dot(1, &result, head->Dv, out_grad, delta);
     if (t->weighted) {
         const REAL *key = at(head->region_key, r);

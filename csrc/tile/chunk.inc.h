@@ -127,15 +127,14 @@ static void gather_straight(const cmb_head *head, const tile_state *t, cmb_list 
 }
 
 static void gather_row(const cmb_head *head, const tile_state *t, int32_t x, int at, cmb_scratch *w) {
-    const int64_t r = x - head->L;
-    CMB_ASSERT(0 <= x && r < head->plan->R && at < CHUNK);
-    w->key[at] = operand(t, key_row(head, x), head->D, w->key_copy + at * head->D, w);
-    w->value[at] = operand(t, value_row(head, x), head->Dv, w->value_copy + at * head->Dv, w);
+    CMB_ASSERT(0 <= x && x < head->L + head->plan->R && at < CHUNK);
+    w->key[at] = operand(t, key_row(head, x, w), head->D, w->key_copy + at * head->D, w);
+    w->value[at] = operand(t, value_row(head, x, w), head->Dv, w->value_copy + at * head->Dv, w);
     w->row[at] = (uint32_t)x;
     if (!w->backward)
         return;
-    w->dkey[at] = r < 0 ? zeroed_at(head->grad.key, x) : zeroed_at(head->grad.region_key, r);
-    w->dvalue[at] = r < 0 ? zeroed_at(head->grad.value, x) : zeroed_at(head->grad.region_value, r);
+    w->dkey[at] = key_grad_row(head, x, w);
+    w->dvalue[at] = value_grad_row(head, x, w);
 }
 
 static inline int64_t last_of(cmb_list list) { return list.start + (int64_t)list.step * (list.count - 1); }
@@ -144,8 +143,9 @@ static inline bool are_positions(const cmb_head *head, cmb_list list) {
     return list.step && list.start < head->L && last_of(list) < head->L;
 }
 
-static inline bool are_regions(const cmb_head *head, cmb_list list) {
-    return list.step && list.start >= head->L && last_of(list) >= head->L;
+/* Regions whose rows are evenly spaced, as the list is. */
+static inline bool are_even_regions(const cmb_head *head, cmb_list list) {
+    return list.step && list.start >= head->L && last_of(list) >= head->L && !head->pick_key && !head->key_row;
 }
 
 /* Prefix reuse: the lanes that have attended element n of the run. */
@@ -164,7 +164,7 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
         const cmb_list list = run->row;
         const int from = n;
         t->masked |= mask != NULL || t->next < t->prefix.end;
-        if (head->all_live && (are_positions(head, list) || (are_regions(head, list) && !head->pick_key))) {
+        if (head->all_live && (are_positions(head, list) || are_even_regions(head, list))) {
             const int taken = list.count - t->next < CHUNK - n ? list.count - t->next : CHUNK - n;
             gather_straight(head, t, list, taken, n, w);
             for (int i = 0; i < taken; i++)
@@ -270,11 +270,11 @@ static void prefetch_some(cmb_scratch *w) {
         }
         if (n < row.count) {
             const int32_t x = cmb_list_at(head->plan, row, n);
-            prefetch_row(key_row(head, x), head->D);
-            prefetch_row(value_row(head, x), head->Dv);
-            if (w->backward) {
-                prefetch_row(real_row(key_grad_row(head, x)), head->D);
-                prefetch_row(real_row(value_grad_row(head, x)), head->Dv);
+            prefetch_row(key_row(head, x, w), head->D);
+            prefetch_row(value_row(head, x, w), head->Dv);
+            if (w->backward && x < head->L) {
+                prefetch_row(real_row(at(head->grad.key, x)), head->D);
+                prefetch_row(real_row(at(head->grad.value, x)), head->Dv);
             }
         }
     }

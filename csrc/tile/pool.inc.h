@@ -25,17 +25,17 @@ static inline bool is_live_child(const cmb_head *head, cmb_scratch *w, int32_t x
 /* Where the rows of one kind lie: of queries or keys, or of their gradients. */
 typedef struct {
     cmb_rows position, region;
-    REAL *scratch; /* [N][D] */
-    bool queries;
-    REAL *own; /* of queries: the worker's rows for the task at hand */
+    REAL *scratch;        /* [N][D] */
+    const int32_t *place; /* of regions, as in cmb_head */
+    REAL *own;            /* the worker's rows for the task at hand */
 } pooled;
 
 static pooled pooled_queries(const cmb_head *head, const cmb_scratch *w) {
-    return (pooled){head->query, head->region_query, w->pool_query, true, w->own_query};
+    return (pooled){head->query, head->region_query, w->pool_query, head->query_row, w->own_query};
 }
 
 static pooled pooled_keys(const cmb_head *head, const cmb_scratch *w) {
-    return (pooled){head->key, head->region_key, w->pool_key, false, NULL};
+    return (pooled){head->key, head->region_key, w->pool_key, head->key_row, w->own_key};
 }
 
 /* Row x as REAL. A position only of gradients: the positions' queries and keys are STORED. */
@@ -45,7 +45,7 @@ static inline REAL *pool_row(const cmb_head *head, const pooled *rows, int64_t x
         return zeroed_at(rows->position, x);
     if (r >= R)
         return rows->scratch + (r - R) * head->D;
-    return rows->queries ? region_query_at(head, rows->region, rows->own, r) : zeroed_at(rows->region, r);
+    return placed_gradient_at(rows->place, rows->region, rows->own, head->D, r);
 }
 
 /* Returns the unmasked positions below a pool step's children, and in *children the number of live children. Where some
@@ -131,8 +131,25 @@ static void pool_biases(const cmb_head *head, const cmb_pool *pool, int32_t n, i
     *to = is_max ? top : (REAL)(head->plan->pooling == CMB_POOL_MEAN ? sum / total : sum);
 }
 
-/* The task's pool steps that write row `first` or a later one; of queries, of keys and their biases, or of both. */
-static void pool_from(const cmb_head *head, int32_t task, int64_t first, bool queries, bool keys, cmb_scratch *w) {
+/* Whether region r lies in the worker's scratch, for the task at hand. */
+static inline bool is_own(const int32_t *place, int64_t r) { return place && place[r] < 0; }
+
+/* What pool steps make; with OWN_ROWS only the q_R and k_R in the worker's scratch, and the rows that these need. */
+enum { QUERIES = 1, KEYS = 2, BIASES = 4, OWN_ROWS = 8 };
+
+static bool makes_queries(const cmb_head *head, int64_t r, int what) {
+    const bool is_scratch_row = r >= head->plan->R;
+    return what & QUERIES && head->pool_query &&
+           (!(what & OWN_ROWS) || (is_scratch_row ? head->query_row != NULL : is_own(head->query_row, r)));
+}
+
+/* Plans with scratch rows have no k_R in scratch (cmb_plan_call). */
+static bool makes_keys(const cmb_head *head, int64_t r, int what) {
+    return what & KEYS && head->pool_key && (!(what & OWN_ROWS) || (r < head->plan->R && is_own(head->key_row, r)));
+}
+
+/* The task's pool steps that write row `first` or a later one. */
+static void pool_from(const cmb_head *head, int32_t task, int64_t first, int what, cmb_scratch *w) {
     const cmb_plan *plan = head->plan;
     const pooled query = pooled_queries(head, w), key = pooled_keys(head, w);
     if (!head->counted && !head->pool_query && !head->pool_key && !head->pool_bias && !head->picked)
@@ -152,33 +169,49 @@ static void pool_from(const cmb_head *head, int32_t task, int64_t first, bool qu
             __atomic_store_n(pick_of(head, w, step->row), x < head->L ? x : *pick_of(head, w, x), __ATOMIC_RELAXED);
             continue;
         }
-        if (queries && head->pool_query)
+        if (makes_queries(head, step->row - head->L, what))
             pool_rows(head, step, &query, n, total, w);
-        if (keys && head->pool_key)
+        if (makes_keys(head, step->row - head->L, what))
             pool_rows(head, step, &key, n, total, w);
-        if (keys && head->pool_bias)
+        if (what & BIASES && head->pool_bias)
             pool_biases(head, step, n, total, w);
     }
 }
 
-/* A task's abstractions. Backward leaves the queries to pool_own where every q_R belongs to one task. */
-static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) {
-    const bool later = w->backward && head->query_row && head->plan->traits.shared_queries == 0;
-    pool_from(head, task, head->L, !later, true, w);
+/* How many regions of the task are own, and whether all are. */
+static int64_t count_own(const cmb_head *head, int32_t task, const int32_t *place, bool *are_all) {
+    const cmb_plan *plan = head->plan;
+    int64_t own = 0, regions = 0;
+    for (int32_t p = plan->task[task].pool; place && p < plan->task[task + 1].pool; p++) {
+        const int64_t r = plan->pool[p].row - head->L;
+        regions += r < plan->R;
+        own += r < plan->R && place[r] < 0;
+    }
+    *are_all = place && own == regions;
+    return own;
 }
 
-/* Backward, before a task's tiles: the q_R that only this task uses are pooled again, and their gradients zeroed. */
-static void pool_own(const cmb_head *head, int32_t task, cmb_scratch *w) {
-    if (!head->query_row)
-        return;
-    pool_from(head, task, head->L, true, false, w);
-    const cmb_plan *plan = head->plan;
-    int64_t own = 0;
-    for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++) {
-        const int64_t r = plan->pool[p].row - head->L;
-        own += r < plan->R && head->query_row[r] < 0;
+/* A task's abstractions. Backward leaves those of a task that are all its own to pool_own. */
+static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) {
+    bool all_queries = false, all_keys = false;
+    if (w->backward) {
+        count_own(head, task, head->query_row, &all_queries);
+        count_own(head, task, head->key_row, &all_keys);
     }
-    memset(w->own_query_grad, 0, (size_t)(own * head->D) * sizeof(REAL));
+    pool_from(head, task, head->L, (all_queries ? 0 : QUERIES) | (all_keys ? 0 : KEYS) | BIASES, w);
+}
+
+/* Backward, before a task's tiles: the task's own abstractions are pooled again, and their gradients zeroed. */
+static void pool_own(const cmb_head *head, int32_t task, cmb_scratch *w) {
+    bool are_all;
+    const int64_t queries = count_own(head, task, head->query_row, &are_all),
+                  keys = count_own(head, task, head->key_row, &are_all);
+    if (queries + keys == 0)
+        return;
+    pool_from(head, task, head->L, QUERIES | KEYS | OWN_ROWS, w);
+    memset(w->own_query_grad, 0, (size_t)(queries * head->D) * sizeof(REAL));
+    memset(w->own_key_grad, 0, (size_t)(keys * head->D) * sizeof(REAL));
+    memset(w->own_value_grad, 0, (size_t)(keys * head->Dv) * sizeof(REAL));
 }
 
 /* to += factor * from */
@@ -226,12 +259,13 @@ static void pool_biases_backward(const cmb_head *head, const cmb_pool *pool, int
 static void pool_backward(const cmb_head *head, int32_t task, cmb_scratch *w, cmb_item *item) {
     const cmb_plan *plan = head->plan;
     const pooled query = pooled_queries(head, w), key = pooled_keys(head, w);
-    const pooled query_grad = {head->grad.query, head->grad.region_query, w->pool_query_grad, true, w->own_query_grad};
-    const pooled key_grad = {head->grad.key, head->grad.region_key, w->pool_key_grad, false, NULL};
+    const pooled query_grad = {head->grad.query, head->grad.region_query, w->pool_query_grad, head->query_row,
+                               w->own_query_grad};
+    const pooled key_grad = {head->grad.key, head->grad.region_key, w->pool_key_grad, head->key_row, w->own_key_grad};
     if (item && !cmb_await_tickets(item, 0, item->count))
         return;
     if (plan->N) { /* other tasks have overwritten the scratch rows */
-        pool_from(head, task, head->L + plan->R, !head->query_row, true, w);
+        pool_from(head, task, head->L + plan->R, (head->query_row ? 0 : QUERIES) | KEYS | BIASES, w);
         memset(w->pool_query_grad, 0, (size_t)(plan->N * head->D) * sizeof(REAL));
         memset(w->pool_key_grad, 0, (size_t)(plan->N * head->D) * sizeof(REAL));
         if (head->pool_bias)

@@ -78,10 +78,17 @@ static inline REAL *zeroed_at(cmb_rows rows, int64_t x) {
 
 /* ---- queries, keys, values ---------------------------------------------------------------------- */
 
-/* q_R, or its gradient: a row of the head's array, or of `own`, the worker's rows for the task at hand. */
-static inline REAL *region_query_at(const cmb_head *head, cmb_rows rows, REAL *own, int64_t r) {
-    const int64_t n = head->query_row ? head->query_row[r] : r;
-    return n < 0 ? own + ~n * head->D : zeroed_at(rows, n);
+/* Row r of regions, which `place` may place elsewhere (cmb_plan_traits, query_row): a row of the head's array, or of
+ * `own`, the worker's rows for the task at hand. */
+static inline REAL *placed_at(const int32_t *place, cmb_rows rows, REAL *own, int64_t dim, int64_t r) {
+    const int64_t n = place ? place[r] : r;
+    return n < 0 ? own + ~n * dim : at(rows, n);
+}
+
+/* The same of gradients. */
+static inline REAL *placed_gradient_at(const int32_t *place, cmb_rows rows, REAL *own, int64_t dim, int64_t r) {
+    const int64_t n = place ? place[r] : r;
+    return n < 0 ? own + ~n * dim : zeroed_at(rows, n);
 }
 
 /* Whether row x takes part: a position that is not masked, a region with such a position below it. */
@@ -103,32 +110,41 @@ static inline table_row query_row(const cmb_head *head, int64_t x, const cmb_scr
     const int64_t r = x - head->L;
     if (r < 0 || head->pick_query)
         return stored_row(head->query, r < 0 ? x : picked_position(head, r));
-    return real_row(region_query_at(head, head->region_query, w->own_query, r));
+    return real_row(placed_at(head->query_row, head->region_query, w->own_query, head->D, r));
 }
 
-static inline table_row key_row(const cmb_head *head, int64_t x) {
+static inline table_row key_row(const cmb_head *head, int64_t x, const cmb_scratch *w) {
     const int64_t r = x - head->L;
     if (r < 0 || head->pick_key)
         return stored_row(head->key, r < 0 ? x : picked_position(head, r));
-    return real_row(at(head->region_key, r));
+    return real_row(placed_at(head->key_row, head->region_key, w->own_key, head->D, r));
 }
 
-static inline table_row value_row(const cmb_head *head, int64_t x) {
-    return x < head->L ? stored_row(head->value, x) : real_row(at(head->region_value, x - head->L));
+/* h_R. Backward, and where the caller asks for summaries, none is the worker's own. */
+static inline REAL *region_value_row(const cmb_head *head, int64_t r, const cmb_scratch *w) {
+    return placed_at(head->value_row, head->region_value, w->own_value, head->Dv, r);
+}
+
+static inline table_row value_row(const cmb_head *head, int64_t x, const cmb_scratch *w) {
+    return x < head->L ? stored_row(head->value, x) : real_row(region_value_row(head, x - head->L, w));
+}
+
+/* The rows of dK and dV. */
+static inline REAL *key_grad_row(const cmb_head *head, int64_t x, const cmb_scratch *w) {
+    const int64_t r = x - head->L;
+    return r < 0 ? zeroed_at(head->grad.key, x)
+                 : placed_gradient_at(head->key_row, head->grad.region_key, w->own_key_grad, head->D, r);
+}
+
+static inline REAL *value_grad_row(const cmb_head *head, int64_t x, const cmb_scratch *w) {
+    const int64_t r = x - head->L;
+    return r < 0 ? zeroed_at(head->grad.value, x)
+                 : placed_gradient_at(head->key_row, head->grad.region_value, w->own_value_grad, head->Dv, r);
 }
 
 /* dO of a position; of a region dh_R, which the tiles that attend it have summed. */
-static inline table_row out_grad_row(const cmb_head *head, int64_t x) {
-    return x < head->L ? stored_row(head->grad.out, x) : real_row(zeroed_at(head->grad.region_value, x - head->L));
-}
-
-/* The rows of dK and dV, which may not be zeroed yet. */
-static inline REAL *key_grad_row(const cmb_head *head, int64_t x) {
-    return x < head->L ? at(head->grad.key, x) : at(head->grad.region_key, x - head->L);
-}
-
-static inline REAL *value_grad_row(const cmb_head *head, int64_t x) {
-    return x < head->L ? at(head->grad.value, x) : at(head->grad.region_value, x - head->L);
+static inline table_row out_grad_row(const cmb_head *head, int64_t x, const cmb_scratch *w) {
+    return x < head->L ? stored_row(head->grad.out, x) : real_row(value_grad_row(head, x, w));
 }
 
 /* ---- biases ------------------------------------------------------------------------------------- */

@@ -108,7 +108,7 @@ static void region_logits(const cmb_head *head, int64_t x, int64_t n, const int3
             return;
         }
         for (int64_t k = 0; k < count; k++)
-            w->key[k] = at(head->region_key, region[first + k]);
+            w->key[k] = key_row(head, head->L + region[first + k], w).real;
         w->kernel->dot(count, w->key, head->D, query, w->s);
         for (int64_t k = 0; k < count; k++)
             to[first + k] = (double)((REAL)head->scale * w->s[k]);

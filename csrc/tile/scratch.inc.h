@@ -89,6 +89,8 @@ struct cmb_scratch {
     REAL *pool_bias, *pool_bias_grad;      /* [N] */
     int32_t *count, *pick;                 /* [N] */
     REAL *own_query, *own_query_grad;      /* [queries][D] the q_R that only the task at hand uses */
+    REAL *own_key, *own_key_grad;          /* [keys][D] the k_R */
+    REAL *own_value, *own_value_grad;      /* [keys][Dv] forward: the h_R; backward: dh_R */
     const REAL **child;                    /* [children] */
     REAL **child_grad;                     /* [children] */
     REAL *weight;                          /* [children] */
@@ -100,7 +102,8 @@ static cmb_scratch *take_scratch(cmb_arena *arena, const cmb_scratch_use *use, c
     cmb_scratch s = {.cancel = cancel, .worker = worker, .format = format, .backward = backward, .N = use->N};
     cmb_scratch *scratch = cmb_take(arena, 1, sizeof s);
     const size_t r = sizeof(REAL), p = sizeof(void *), d = (size_t)use->D, dv = (size_t)use->Dv, n = (size_t)use->N,
-                 c = (size_t)use->children, queries = (size_t)use->queries, widest = d > dv ? d : dv;
+                 c = (size_t)use->children, queries = (size_t)use->queries, keys = (size_t)use->keys,
+                 widest = d > dv ? d : dv;
     s.packed = cmb_take(arena, d * CMB_TILE, r);
     s.sum = cmb_take(arena, CMB_TILE * (dv + d + use->biased), r);
     s.softmax_state = cmb_take(arena, 4 * CMB_TILE, r);
@@ -129,6 +132,8 @@ static cmb_scratch *take_scratch(cmb_arena *arena, const cmb_scratch_use *use, c
     s.count = cmb_take(arena, n, sizeof(int32_t));
     s.pick = cmb_take(arena, n, sizeof(int32_t));
     s.own_query = cmb_take(arena, queries, d * r);
+    s.own_key = cmb_take(arena, keys, d * r);
+    s.own_value = cmb_take(arena, backward ? 0 : keys, dv * r);
     s.child = cmb_take(arena, c, p);
     s.weight = cmb_take(arena, c, r);
     if (backward) {
@@ -149,6 +154,8 @@ static cmb_scratch *take_scratch(cmb_arena *arena, const cmb_scratch_use *use, c
         s.pool_query_grad = cmb_take(arena, n, d * r);
         s.pool_key_grad = cmb_take(arena, n, d * r);
         s.own_query_grad = cmb_take(arena, queries, d * r);
+        s.own_key_grad = cmb_take(arena, keys, d * r);
+        s.own_value_grad = cmb_take(arena, keys, dv * r);
         s.child_grad = cmb_take(arena, c, p);
     }
     if (format && format->gemm) {

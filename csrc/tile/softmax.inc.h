@@ -15,8 +15,8 @@ static inline REAL *state_of(const cmb_head *head, int64_t x) {
 
 static inline bool attends_nothing(const REAL *state) { return state[0] == -infinity; }
 
-static inline REAL *result_row(const cmb_head *head, int64_t x) {
-    return x < head->L ? at(head->result, x) : at(head->region_value, x - head->L);
+static inline REAL *result_row(const cmb_head *head, int64_t x, const cmb_scratch *w) {
+    return x < head->L ? at(head->result, x) : region_value_row(head, x - head->L, w);
 }
 
 static void begin(int64_t n, cmb_rows softmax) {
@@ -74,7 +74,7 @@ static bool resume(const cmb_head *head, const tile_state *t, int lane, REAL *m,
         }
         return false;
     }
-    load_sums(head->Dv, result_row(head, x), *l, sum, w);
+    load_sums(head->Dv, result_row(head, x, w), *l, sum, w);
     if (t->weighted)
         load_sums(head->D, at(head->region_key, x - head->L), *l, sum + head->Dv, w);
     if (t->weighted_bias)
@@ -94,7 +94,7 @@ static void finish_lane(const cmb_head *head, const tile_state *t, int lane, REA
     state[0] = m > lowest ? m : lowest;
     state[1] = l;
     const bool is_done = !t->regions && !head->result.data; /* the query's only tile: straight to `out` */
-    store_sums(head->Dv, sum, l, is_done ? w->result_copy : result_row(head, x), w);
+    store_sums(head->Dv, sum, l, is_done ? w->result_copy : result_row(head, x, w), w);
     if (is_done && is_narrow)
         to_stored(head->Dv, w->result_copy, (STORED *)head->out.data + x * head->out.row, w);
     else if (is_done)

@@ -51,6 +51,8 @@ typedef struct {
     /* [R] q_R is row n of region_query, or, as ~n, row n of the worker's scratch for the task at hand. NULL: row r of
      * region_query. */
     const int32_t *query_row;
+    const int32_t *key_row;   /* [R] the same of k_R, and of the gradients of k_R and h_R */
+    const int32_t *value_row; /* [R] the same of h_R */
 
     cmb_rows query, key, value;
     cmb_rows region_query, region_key, region_value;
@@ -81,6 +83,7 @@ typedef struct {
     int64_t D, Dv;
     int64_t N;        /* scratch rows of a plan, at most */
     int64_t queries;  /* q_R that a task pools for itself, at most */
+    int64_t keys;     /* the same of k_R */
     int64_t children; /* children of a pool step, at most */
     bool dropout, softcap, biased, backward;
 } cmb_scratch_use;
@@ -96,7 +99,7 @@ typedef struct {
 
     /* Forward, and in backward before all tiles: a task's pool steps. */
     void (*pool)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
-    /* Backward, before a task's tiles: pools again the q_R that lie in the worker's scratch. */
+    /* Backward, before a task's tiles: pools again the q_R and k_R that lie in the worker's scratch. */
     void (*pool_own)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
     /* Backward, after a task's tiles. `item`: NULL, or where workers share the head what has entered for these rows. */
     void (*pool_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_item *item);
