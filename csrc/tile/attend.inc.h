@@ -304,9 +304,9 @@ static void gather_queries(const cmb_head *head, const tile_state *t, cmb_scratc
         const table_row query = query_row(head, cmb_list_at(head->plan, list, live_lane(t, lane)), w);
         w->lane_query[lane] = operand(t, query, head->D, w->query_copy + lane * head->D, w);
         w->lane_grad[lane] = operand(t, out_grad_row(head, x, w), head->Dv, w->grad_copy + lane * head->Dv, w);
-        w->lane_sum[lane] = r < 0 ? zeroed_at(head->grad.query, x)
-                                  : placed_gradient_at(head->query_row, head->grad.region_query, w->own_query_grad,
-                                                       head->D, r);
+        w->lane_sum[lane] =
+            r < 0 ? zeroed_at(head->grad.query, x)
+                  : placed_gradient_at(head->query_row, head->grad.region_query, w->own_query_grad, head->D, r);
         w->lane_key_grad[lane] = t->weighted ? zeroed_at(head->grad.region_key, r) : NULL;
         if (t->weighted_bias)
             w->lane_bias_grad[lane] = zeroed_at(head->grad.region_bias, r);

@@ -261,6 +261,49 @@ static void fused_waves(void) {
     CHECK(cmb_set_num_threads(0, NULL) == CMB_OK);
 }
 
+/* Rows of regions that one task alone uses lie in its worker's scratch, but for a caller who passes gradients of the
+ * summaries (zeros here). Those of h_R do where the caller does not ask for h_R. */
+static void regions_in_scratch(void) {
+    static const cmb_pooling pooling[] = {CMB_POOL_MAX, CMB_POOL_MEAN};
+    for (int options = 0; options < 8; options++) {
+        request asked = large(options % 2 ? HIERARCHICAL : LOGSPARSE);
+        asked.L = 700;
+        asked.D = asked.Dv = 8;
+        asked.options.pooling = pooling[options / 2 % 2];
+        asked.masked = options / 4;
+        asked.key_bias = options / 4 ? asked.Hk : 0;
+        CASE("options %d", options);
+        fixture *scratch = new_fixture(asked), *tables = new_staged_fixture(asked);
+        CHECK(scratch->plan->traits.own_keys > 0);
+        const cmb_array *zero[] = {&tables->gradients.summary_key, &tables->gradients.summary_value};
+        for (int n = 0; n < 2; n++)
+            for (int64_t b = 0; b < asked.B; b++)
+                for (int64_t h = 0; h < zero[n]->heads; h++)
+                    for (int64_t r = 0; r < tables->plan->R; r++)
+                        for (int64_t d = 0; d < asked.D; d++)
+                            put(tables, zero[n], b, h, r, d, 0);
+        CHECK(cmb_set_num_threads(1, NULL) == CMB_OK);
+        forward(tables);
+        backward(tables);
+        forward(scratch);
+        backward(scratch);
+        check_same_results(tables, scratch);
+        const cmb_array value = scratch->problem.summary_value;
+        size_t kept, not_kept;
+        CHECK(cmb_workspace_bytes(&scratch->problem, false, &kept, NULL) == CMB_OK);
+        scratch->problem.summary_value.data = NULL;
+        CHECK(cmb_workspace_bytes(&scratch->problem, false, &not_kept, NULL) == CMB_OK);
+        const size_t tables_of_values = (size_t)(asked.B * asked.Hq * scratch->plan->R * asked.Dv) * scratch->size;
+        CHECK(not_kept < kept + tables_of_values, "%zu and %zu: %s", not_kept, kept, context);
+        forward(scratch);
+        scratch->problem.summary_value = value;
+        check_same_forward(tables, scratch);
+        free_fixture(scratch);
+        free_fixture(tables);
+    }
+    CHECK(cmb_set_num_threads(0, NULL) == CMB_OK);
+}
+
 static void instruction_sets(void) {
     for (int which = DENSE; which < PATTERNS; which++)
         for (int dtype = 0; dtype < 2; dtype++) {
@@ -571,11 +614,22 @@ static void inputs_are_kept(void) {
 
 int main(int argc, char **argv) {
     static const test_case tests[] = {
-        TEST(layouts),           TEST(gaps_are_kept),    TEST(broadcast_inputs),
-        TEST(half_dtypes),       TEST(threads),          TEST(heads_as_lanes),
-        TEST(fused_waves),       TEST(instruction_sets), TEST(isa_changes_during_a_call),
-        TEST(scratch_of_an_isa), TEST(company),          TEST(packed),
-        TEST(absent_gradients),  TEST(scale_left_out),   TEST(dropout_of_the_least_probability),
+        TEST(layouts),
+        TEST(gaps_are_kept),
+        TEST(broadcast_inputs),
+        TEST(half_dtypes),
+        TEST(threads),
+        TEST(heads_as_lanes),
+        TEST(fused_waves),
+        TEST(regions_in_scratch),
+        TEST(instruction_sets),
+        TEST(isa_changes_during_a_call),
+        TEST(scratch_of_an_isa),
+        TEST(company),
+        TEST(packed),
+        TEST(absent_gradients),
+        TEST(scale_left_out),
+        TEST(dropout_of_the_least_probability),
         TEST(inputs_are_kept),
     };
     return test_main(argc, argv, tests, sizeof tests / sizeof *tests);

@@ -197,9 +197,9 @@ static void touch(const cmb_plan *plan, range *tasks, int64_t row, int64_t task)
     own->last = own->last > task ? own->last : task;
 }
 
-/* By the tasks that pool a region, pool it further, or ask with it: at most so many of a task's are its alone, and so
- * many are not. */
-static void count_queries(const cmb_plan *plan, int64_t *own, int64_t *shared) {
+/* By the tasks that pool a region, pool it further, or ask with it, and with `of_keys` those that attend it: at most so
+ * many of a task's are its alone, and so many are not. */
+static void count_rows(const cmb_plan *plan, bool of_keys, int64_t *own, int64_t *shared) {
     range *tasks = calloc((size_t)plan->R + 1, sizeof *tasks);
     int64_t *alone = calloc((size_t)plan->tasks + 1, sizeof *alone);
     for (int64_t r = 0; r < plan->R; r++)
@@ -211,9 +211,13 @@ static void count_queries(const cmb_plan *plan, int64_t *own, int64_t *shared) {
             for (int64_t i = 0; i < pool->child.count; i++)
                 touch(plan, tasks, row_at(plan, pool->child, i), task);
         }
-        for (int64_t n = plan->task[task].tile; n < plan->task[task + 1].tile; n++)
+        for (int64_t n = plan->task[task].tile; n < plan->task[task + 1].tile; n++) {
             for (int64_t q = 0; q < plan->tile[n].query.count; q++)
                 touch(plan, tasks, row_at(plan, plan->tile[n].query, q), task);
+            for (int64_t run = plan->tile[n].run; of_keys && run < plan->tile[n + 1].run; run++)
+                for (int64_t i = 0; i < plan->run[run].row.count; i++)
+                    touch(plan, tasks, row_at(plan, plan->run[run].row, i), task);
+        }
     }
     *own = *shared = 0;
     for (int64_t r = 0; r < plan->R; r++)
@@ -225,9 +229,13 @@ static void count_queries(const cmb_plan *plan, int64_t *own, int64_t *shared) {
     free(alone);
 }
 
-static void check_own_queries(const factorization *f, const cmb_plan *plan) {
+static void check_own_rows(const factorization *f, const cmb_plan *plan) {
     int64_t own, shared;
-    count_queries(plan, &own, &shared);
+    count_rows(plan, true, &own, &shared);
+    CHECK(plan->traits.own_keys == own && plan->traits.shared_keys == shared,
+          "keys of kind %d L %lld span %lld: %d and %d, not %lld and %lld", (int)f->kind, (long long)f->L,
+          (long long)f->span, plan->traits.own_keys, plan->traits.shared_keys, (long long)own, (long long)shared);
+    count_rows(plan, false, &own, &shared);
     CHECK(plan->traits.own_queries == own && plan->traits.shared_queries == shared,
           "kind %d L %lld span %lld: %d and %d, not %lld and %lld", (int)f->kind, (long long)f->L, (long long)f->span,
           plan->traits.own_queries, plan->traits.shared_queries, (long long)own, (long long)shared);
@@ -235,7 +243,7 @@ static void check_own_queries(const factorization *f, const cmb_plan *plan) {
         CHECK(shared == 0 && (own > 0) == (plan->pools > 0));
 }
 
-static void test_own_queries(void) { with_many_plans(check_own_queries); }
+static void test_own_rows(void) { with_many_plans(check_own_rows); }
 
 /* ---- picks where nothing is masked ---- */
 
@@ -379,7 +387,7 @@ int main(int argc, char **argv) {
         TEST(test_fusible),
         TEST(test_multi_tile_queries),
         TEST(test_heads_tiles),
-        TEST(test_own_queries),
+        TEST(test_own_rows),
         TEST(test_picks),
         TEST(test_reused_rows),
         TEST(test_a_region_of_two_tiles_keeps_the_first),
