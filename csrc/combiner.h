@@ -153,7 +153,8 @@ typedef struct {
      * of the task's own memory, which has at most own_queries rows: no other task reads it. */
     const int32_t *query_row; /* [R] */
     int32_t own_queries, shared_queries;
-    /* The same of k_R, and of h_R where it is not kept, and of the gradients of both. */
+    /* The same of k_R, and of h_R where it is not kept, and of the gradients of both. NULL, with own_keys 0, unless a
+     * quarter of the regions or more are such that one task alone reads them. */
     const int32_t *key_row; /* [R] */
     int32_t own_keys, shared_keys;
 

@@ -138,18 +138,21 @@ static void place_rows(const cmb_call *call, bool may_be_own, int64_t own, int64
 static void place_regions(cmb_call *call) {
     const cmb_problem *p = call->problem;
     int64_t queries = 0, other_queries = 0, keys = 0, other_keys = 0;
-    bool may_be_own = call->backward.shared == 0;
+    bool are_known = true, have_keys = true; /* of all plans */
     for (int64_t i = 0; i < p->plans; i++) {
         const cmb_plan_traits *traits = &p->plan[i]->traits;
-        may_be_own = may_be_own && traits->query_row;
+        are_known &= traits->query_row != NULL;
+        have_keys &= traits->key_row || p->plan[i]->R == 0;
         queries = cmb_max(traits->own_queries, queries);
         other_queries = cmb_max(traits->shared_queries, other_queries);
         keys = cmb_max(traits->own_keys, keys);
         other_keys = cmb_max(traits->shared_keys, other_keys);
     }
-    place_rows(call, may_be_own && cmb_pools_query(p), queries, other_queries, &call->own_queries,
+    const bool may_be_own = p->plans > 0 && call->backward.shared == 0;
+    place_rows(call, may_be_own && are_known && cmb_pools_query(p), queries, other_queries, &call->own_queries,
                &call->table_queries);
-    place_rows(call, may_be_own && may_keys_be_own(call), keys, other_keys, &call->own_keys, &call->table_keys);
+    place_rows(call, may_be_own && have_keys && may_keys_be_own(call), keys, other_keys, &call->own_keys,
+               &call->table_keys);
     call->are_values_own = call->own_keys > 0 && !call->is_backward && !p->summary_value.data;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/* A finished plan: one block of memory, the struct first and its arrays behind it. combiner.h says what a plan holds.
- */
+/* A finished plan: one block of memory, the struct first and its arrays behind it; and traits.key_row, which few plans
+ * have. combiner.h says what a plan holds. */
 #include "plan/plan.h"
 
 #include <string.h>
@@ -16,7 +16,6 @@ static bool plan_size(const cmb_plan *plan, bool has_traits, size_t *bytes) {
         {(size_t)plan->runs, sizeof *plan->run},
         {(size_t)plan->indices, sizeof *plan->index},
         {regions, sizeof *plan->traits.query_row},
-        {regions, sizeof *plan->traits.key_row},
         {picks, sizeof *plan->traits.pick},
         {picks ? (size_t)plan->tiles : 0, sizeof *plan->traits.reused_rows},
     };
@@ -51,6 +50,7 @@ cmb_status cmb_copy_plan(const cmb_plan *from, bool is_step, cmb_cancel *cancel,
         return cmb_fail(error, CMB_ERR_MEMORY, "out of memory: a plan of length %lld takes %zu bytes",
                         (long long)from->L, bytes);
     *copy = *from;
+    copy->traits = (cmb_plan_traits){0};
     char *end = (char *)(copy + 1);
     copy->mask = append(cancel, &end, from->mask, (size_t)from->masks, sizeof *from->mask); /* first: the widest type */
     copy->wave = append(cancel, &end, from->wave, (size_t)from->waves + 1, sizeof *from->wave);
@@ -63,7 +63,7 @@ cmb_status cmb_copy_plan(const cmb_plan *from, bool is_step, cmb_cancel *cancel,
     if (!status && !is_step)
         status = cmb_derive_traits(copy, (int32_t *)(void *)end, cancel, error);
     if (status)
-        cmb_release(copy);
+        cmb_plan_free(copy);
     else
         *plan = copy;
     return status;
@@ -78,10 +78,14 @@ cmb_status cmb_plan_from_arrays(const cmb_plan *arrays, const cmb_interrupt *int
     return cmb_copy_plan(arrays, false, &cancel, plan, error);
 }
 
-void cmb_plan_free(cmb_plan *plan) { cmb_release(plan); }
+void cmb_plan_free(cmb_plan *plan) {
+    if (plan)
+        cmb_release((void *)plan->traits.key_row);
+    cmb_release(plan);
+}
 
 size_t cmb_plan_bytes(const cmb_plan *plan) {
     size_t bytes = 0;
     plan_size(plan, true, &bytes);
-    return bytes;
+    return bytes + (plan->traits.key_row ? (size_t)plan->R * sizeof *plan->traits.key_row : 0);
 }

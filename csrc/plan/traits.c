@@ -308,6 +308,21 @@ static void *allocate_for_a_while(const cmb_plan *plan, size_t count, size_t siz
     return memory;
 }
 
+static cmb_status find_key_rows(cmb_plan *plan, int32_t *needs, cmb_cancel *cancel, cmb_error *error) {
+    cmb_plan_traits *traits = &plan->traits;
+    int32_t *key_row = allocate_for_a_while(plan, (size_t)plan->R, sizeof *key_row, error);
+    if (!key_row)
+        return CMB_ERR_MEMORY;
+    find_rows(plan, true, key_row, &traits->own_keys, &traits->shared_keys, needs, cancel);
+    if (traits->own_keys > 0 && traits->shared_keys <= plan->R - plan->R / 4) {
+        traits->key_row = key_row;
+    } else {
+        traits->own_keys = traits->shared_keys = 0;
+        cmb_release(key_row);
+    }
+    return CMB_OK;
+}
+
 cmb_status cmb_derive_traits(cmb_plan *plan, int32_t *rows, cmb_cancel *cancel, cmb_error *error) {
     cmb_plan_traits *traits = &plan->traits;
     *traits = (cmb_plan_traits){.has_heads_tiles = has_some_heads_tile(plan, cancel)};
@@ -328,15 +343,12 @@ cmb_status cmb_derive_traits(cmb_plan *plan, int32_t *rows, cmb_cancel *cancel, 
     traits->is_fusible = is_fusible(&(writers){plan, cancel, first, row, row + written});
     find_rows(plan, false, rows, &traits->own_queries, &traits->shared_queries, row, cancel);
     traits->query_row = rows;
-    rows += plan->R;
-    find_rows(plan, true, rows, &traits->own_keys, &traits->shared_keys, row, cancel);
-    traits->key_row = rows;
-    rows += plan->R;
     if (picks) {
-        find_picks(plan, rows, row, cancel);
-        find_reused_rows(plan, rows + plan->R, row, cancel);
+        find_picks(plan, rows + plan->R, row, cancel);
+        find_reused_rows(plan, rows + 2 * (int64_t)plan->R, row, cancel);
     }
     traits->only_attends = plan->pools == 0 && attends_regions(plan, cancel);
+    const cmb_status status = find_key_rows(plan, row, cancel, error);
     cmb_release(row);
-    return cmb_cancel_status(cancel, error);
+    return status ? status : cmb_cancel_status(cancel, error);
 }

@@ -206,7 +206,8 @@ static void pool_own(const cmb_head *head, int32_t task, cmb_scratch *w) {
     bool are_all;
     const int64_t queries = count_own(head, task, head->query_row, &are_all),
                   keys = count_own(head, task, head->key_row, &are_all);
-    if (queries + keys == 0)
+    const bool has_scratch_rows = head->query_row && head->plan->N > 0; /* which other tasks have overwritten */
+    if (queries + keys == 0 && !has_scratch_rows)
         return;
     pool_from(head, task, head->L, QUERIES | KEYS | OWN_ROWS, w);
     memset(w->own_query_grad, 0, (size_t)(queries * head->D) * sizeof(REAL));
