@@ -143,7 +143,7 @@ static bool makes_queries(const cmb_head *head, int64_t r, int what) {
            (!(what & OWN_ROWS) || (is_scratch_row ? head->query_row != NULL : is_own(head->query_row, r)));
 }
 
-/* Plans with scratch rows have no k_R in scratch (cmb_plan_call). */
+/* Plans with scratch rows have no k_R in scratch (engine/call.c). */
 static bool makes_keys(const cmb_head *head, int64_t r, int what) {
     return what & KEYS && head->pool_key && (!(what & OWN_ROWS) || (r < head->plan->R && is_own(head->key_row, r)));
 }
