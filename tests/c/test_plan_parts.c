@@ -152,7 +152,10 @@ static void check_parts(int64_t L, int64_t R, bool is_causal, bool is_nested, cm
     cmb_plan *copy = NULL;
     CHECK(cmb_plan_from_arrays(plan, NULL, &copy, &error) == CMB_OK, "%s", error.message);
     CHECK(cmb_plan_bytes(copy) == cmb_plan_bytes(plan));
-    CHECK(memcmp(copy + 1, plan + 1, cmb_plan_bytes(plan) - sizeof *plan) == 0);
+    const int32_t *key_row = plan->traits.key_row; /* in a block of its own */
+    const size_t apart = key_row ? (size_t)R * sizeof *key_row : 0;
+    CHECK(memcmp(copy + 1, plan + 1, cmb_plan_bytes(plan) - sizeof *plan - apart) == 0);
+    CHECK(!key_row == !copy->traits.key_row && (!key_row || memcmp(copy->traits.key_row, key_row, apart) == 0));
     cmb_plan_free(copy);
     cmb_plan_free(plan);
     free(needed);
