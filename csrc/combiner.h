@@ -153,8 +153,8 @@ typedef struct {
      * of the task's own memory, which has at most own_queries rows: no other task reads it. */
     const int32_t *query_row; /* [R] */
     int32_t own_queries, shared_queries;
-    /* The same of k_R, and of h_R where it is not kept, and of the gradients of both. NULL, with own_keys 0, unless a
-     * quarter of the regions or more are such that one task alone reads them. */
+    /* The same of k_R, and of h_R where it is not kept, and of the gradients of both. NULL, with own_keys 0, where
+     * several tasks need more than three quarters of the regions. */
     const int32_t *key_row; /* [R] */
     int32_t own_keys, shared_keys;
 
@@ -415,7 +415,8 @@ cmb_status cmb_forward(const cmb_problem *problem, const cmb_interrupt *interrup
 cmb_status cmb_backward(const cmb_problem *problem, const cmb_gradients *gradients, const cmb_interrupt *interrupt,
                         cmb_error *error);
 
-/* The most bytes that the call takes; it takes them all before its first store. */
+/* The most bytes that the call takes, of a backward without gradients of summaries; it takes them all before its first
+ * store. */
 cmb_status cmb_workspace_bytes(const cmb_problem *problem, bool backward, size_t *bytes, cmb_error *error);
 
 /* Of the queries [first, first + count) of a problem, those in the segment of plan n, counted in it: *first and *count

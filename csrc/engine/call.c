@@ -113,8 +113,8 @@ static void plan_backward(cmb_call *call) {
     }
 }
 
-/* Whether the k_R of a task may lie in scratch: they are pooled here from rows that remain, and nobody passes gradients
- * of summaries, or asks for the summaries' keys. */
+/* Whether a task's own k_R may lie in scratch. They must be pooled here, and their gradients must begin with 0. A plan
+ * with scratch rows would have to pool these again before them; and heads' tiles read the k_R of several heads. */
 static bool may_keys_be_own(const cmb_call *call) {
     const cmb_problem *p = call->problem;
     const cmb_gradients *g = call->gradients;
@@ -133,8 +133,8 @@ static void place_rows(const cmb_call *call, bool may_be_own, int64_t own, int64
     *table_rows = in_scratch ? others : call->R;
 }
 
-/* Where q_R and k_R lie. The tiles of a task of a shared head run on several workers, so that there all lie in tables.
- */
+/* Where q_R and k_R lie, in all heads and segments of the call. The tiles of a task of a shared head run on several
+ * workers, so that there all lie in tables. */
 static void place_regions(cmb_call *call) {
     const cmb_problem *p = call->problem;
     int64_t queries = 0, other_queries = 0, keys = 0, other_keys = 0;
@@ -153,7 +153,9 @@ static void place_regions(cmb_call *call) {
                &call->table_queries);
     place_rows(call, may_be_own && have_keys && may_keys_be_own(call), keys, other_keys, &call->own_keys,
                &call->table_keys);
-    call->are_values_own = call->own_keys > 0 && !call->is_backward && !p->summary_value.data;
+    /* attention that keeps h_R has to widen them where they are narrow, and is to take no more than one that does not
+     */
+    call->are_values_own = call->own_keys > 0 && !call->is_backward && !call->is_narrow && !p->summary_value.data;
 }
 
 void cmb_plan_call(cmb_call *call) {

@@ -36,7 +36,8 @@ typedef struct {
 typedef struct {
     cmb_head_id id;
     cmb_head head;
-    void *query, *key, *value, *softmax; /* [R] rows of regions: q_R, k_R, h_R and the states of their softmax */
+    void *query, *key, *value, *softmax; /* rows of regions: q_R, k_R, h_R and the states of their softmax: R, or
+                                          * table_queries and table_keys */
     void *query_grad, *key_grad, *value_grad;
     void *bias, *bias_grad; /* [R] b_R */
     struct {                /* [L] rows of positions; [queries] but for the keys' and values' */

@@ -337,7 +337,7 @@ void cmb_begin_gradients(const cmb_call *call, cmb_slot *slot, int worker) {
                                                      : no_rows;
     const cmb_array *given_key = summarize ? &p->region_key : &p->summary_key;
     const bool begins_key = first || !given_key->data || given_key->heads == p->Hq;
-    const int64_t keys = head->key_row ? call->table_keys : R;
+    const int64_t keys = call->own_keys ? call->table_keys : R;
     head->grad.region_key =
         zeroed(own_or(slot->key_grad, D, region_key), keys, D, slot->unzeroed.region_key, begins_key);
     head->grad.region_value = zeroed(own_or(slot->value_grad, Dv, summarize ? no_rows : summary_value), keys, Dv,
@@ -345,7 +345,7 @@ void cmb_begin_gradients(const cmb_call *call, cmb_slot *slot, int worker) {
     begin_bias_gradients(call, slot);
     if (!summarize)
         return;
-    const int64_t queries = head->query_row ? call->table_queries : R;
+    const int64_t queries = call->own_queries ? call->table_queries : R;
     head->grad.region_query =
         zeroed(own_or(slot->query_grad, D, region_query), queries, D, slot->unzeroed.region_query, true);
     /* The gradient of a summary_key of Hk heads is one array for a group, which adds it once. */

@@ -108,21 +108,50 @@ static bool is_fusible(const writers *w) {
 
 /* ---- query_row, own_queries, shared_queries; key_row, own_keys, shared_keys ---- */
 
-enum { NO_TASK = -1, SEVERAL_TASKS = -2 }; /* in place of the one task that needs a region's row */
+/* needs[r]: the one task that needs region r's row; NO_TASK; or, where several do, ~next: region `next` > r is the
+ * first one behind r that several tasks may not need. So a list of many such regions is gone through in a few steps. */
+enum { NO_TASK = -1 };
+
+static bool do_several_need(const int32_t *needs, int64_t r) { return needs[r] < NO_TASK; }
+
+/* The first region from r on that not several tasks need; `end` if there is none before. */
+static int64_t skip_shared(int32_t *needs, int64_t r, int64_t end) {
+    while (r < end && do_several_need(needs, r)) {
+        const int32_t next = ~needs[r];
+        if (next < end && do_several_need(needs, next))
+            needs[r] = needs[next];
+        r = next;
+    }
+    return r < end ? r : end;
+}
+
+static void need_row(int32_t *needs, int64_t r, int32_t task) {
+    if (!do_several_need(needs, r))
+        needs[r] = needs[r] == NO_TASK || needs[r] == task ? task : ~(int32_t)(r + 1);
+}
 
 /* `task` needs the rows of the list's regions. */
 static void need_rows(const cmb_plan *plan, cmb_list list, int32_t task, int32_t *needs, cmb_cancel *cancel) {
-    if (cmb_are_positions(plan, list) || cmb_tick(cancel, list.count))
+    if (cmb_are_positions(plan, list))
+        return;
+    if (list.step == 1) {
+        const int64_t first = list.start - plan->L, end = cmb_min(first + list.count, plan->R);
+        for (int64_t r = skip_shared(needs, cmb_max(first, 0), end); r < end && !cmb_tick(cancel, 1);
+             r = skip_shared(needs, r + 1, end))
+            need_row(needs, r, task);
+        return;
+    }
+    if (cmb_tick(cancel, list.count))
         return;
     for (int32_t n = 0; n < list.count; n++) {
         const int64_t r = cmb_list_at(plan, list, n) - plan->L;
         if (r >= 0 && r < plan->R)
-            needs[r] = needs[r] == NO_TASK || needs[r] == task ? task : SEVERAL_TASKS;
+            need_row(needs, r, task);
     }
 }
 
-/* A task needs the q_R that it pools, pools further or has as a query; of the k_R also those that it attends. needs[r]
- * becomes the task that does, and row[r] the place of the row. */
+/* A task needs the q_R that it pools, pools further or has as a query; of the k_R also those that it attends. row[r]
+ * becomes the place of region r's row. */
 static void find_rows(const cmb_plan *plan, bool of_keys, int32_t *row, int32_t *own_rows, int32_t *shared_rows,
                       int32_t *needs, cmb_cancel *cancel) {
     for (int32_t r = 0; r < plan->R && !cmb_tick(cancel, 1); r++) {
@@ -142,7 +171,7 @@ static void find_rows(const cmb_plan *plan, bool of_keys, int32_t *row, int32_t 
     }
     *own_rows = *shared_rows = 0;
     for (int32_t r = 0; r < plan->R && !cmb_tick(cancel, 1); r++)
-        if (needs[r] == SEVERAL_TASKS)
+        if (do_several_need(needs, r))
             row[r] = (*shared_rows)++;
     for (int32_t task = 0; task < plan->tasks && !cmb_tick(cancel, 16); task++) {
         int32_t own = 0;
@@ -299,8 +328,8 @@ static bool is_heads_tile_followed(const cmb_plan *plan, uint8_t *is_met, cmb_ca
 
 /* ---- all of them ---- */
 
-/* Memory that is needed while the traits are found; NULL, with the error filled in, if there is none. */
-static void *allocate_for_a_while(const cmb_plan *plan, size_t count, size_t size, cmb_error *error) {
+/* NULL, with the error filled in, if there is no memory. */
+static void *allocate(const cmb_plan *plan, size_t count, size_t size, cmb_error *error) {
     void *memory = cmb_allocate(count * size);
     if (!memory)
         cmb_fail(error, CMB_ERR_MEMORY, "out of memory: a plan of length %lld needs %zu bytes while it is made",
@@ -308,9 +337,11 @@ static void *allocate_for_a_while(const cmb_plan *plan, size_t count, size_t siz
     return memory;
 }
 
+/* In a block of its own, since few plans have it: those that name a region for every position or two would grow by a
+ * tenth. */
 static cmb_status find_key_rows(cmb_plan *plan, int32_t *needs, cmb_cancel *cancel, cmb_error *error) {
     cmb_plan_traits *traits = &plan->traits;
-    int32_t *key_row = allocate_for_a_while(plan, (size_t)plan->R, sizeof *key_row, error);
+    int32_t *key_row = allocate(plan, (size_t)plan->R, sizeof *key_row, error);
     if (!key_row)
         return CMB_ERR_MEMORY;
     find_rows(plan, true, key_row, &traits->own_keys, &traits->shared_keys, needs, cancel);
@@ -327,7 +358,7 @@ cmb_status cmb_derive_traits(cmb_plan *plan, int32_t *rows, cmb_cancel *cancel, 
     cmb_plan_traits *traits = &plan->traits;
     *traits = (cmb_plan_traits){.has_heads_tiles = has_some_heads_tile(plan, cancel)};
     if (plan->tiles > 1 && !do_queries_ascend(plan, cancel)) {
-        uint8_t *is_met = allocate_for_a_while(plan, (size_t)plan->L, sizeof *is_met, error);
+        uint8_t *is_met = allocate(plan, (size_t)plan->L, sizeof *is_met, error);
         if (!is_met)
             return CMB_ERR_MEMORY;
         traits->has_multi_tile_queries = is_some_query_met_twice(plan, is_met, cancel);
@@ -337,7 +368,7 @@ cmb_status cmb_derive_traits(cmb_plan *plan, int32_t *rows, cmb_cancel *cancel, 
     const bool picks = cmb_picking_regions(plan) > 0;
     const int64_t first = traits->has_multi_tile_queries ? 0 : plan->L;
     const size_t written = (size_t)(plan->L + plan->R - first), pooled = picks ? (size_t)plan->R + (size_t)plan->N : 0;
-    int32_t *row = allocate_for_a_while(plan, 2 * written > pooled ? 2 * written : pooled, sizeof *row, error);
+    int32_t *row = allocate(plan, 2 * written > pooled ? 2 * written : pooled, sizeof *row, error);
     if (!row)
         return CMB_ERR_MEMORY;
     traits->is_fusible = is_fusible(&(writers){plan, cancel, first, row, row + written});

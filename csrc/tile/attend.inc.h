@@ -306,7 +306,7 @@ static void gather_queries(const cmb_head *head, const tile_state *t, cmb_scratc
         w->lane_grad[lane] = operand(t, out_grad_row(head, x, w), head->Dv, w->grad_copy + lane * head->Dv, w);
         w->lane_sum[lane] =
             r < 0 ? zeroed_at(head->grad.query, x)
-                  : placed_gradient_at(head->query_row, head->grad.region_query, w->own_query_grad, head->D, r);
+                  : zeroed_placed_at(head->query_row, head->grad.region_query, w->own_query_grad, head->D, r);
         w->lane_key_grad[lane] = t->weighted ? zeroed_at(head->grad.region_key, r) : NULL;
         if (t->weighted_bias)
             w->lane_bias_grad[lane] = zeroed_at(head->grad.region_bias, r);

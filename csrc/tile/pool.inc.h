@@ -45,7 +45,7 @@ static inline REAL *pool_row(const cmb_head *head, const pooled *rows, int64_t x
         return zeroed_at(rows->position, x);
     if (r >= R)
         return rows->scratch + (r - R) * head->D;
-    return placed_gradient_at(rows->place, rows->region, rows->own, head->D, r);
+    return zeroed_placed_at(rows->place, rows->region, rows->own, head->D, r);
 }
 
 /* Returns the unmasked positions below a pool step's children, and in *children the number of live children. Where some
@@ -143,7 +143,7 @@ static bool makes_queries(const cmb_head *head, int64_t r, int what) {
            (!(what & OWN_ROWS) || (is_scratch_row ? head->query_row != NULL : is_own(head->query_row, r)));
 }
 
-/* Plans with scratch rows have no k_R in scratch (engine/call.c). */
+/* A plan with rows L + R .. has no own k_R (engine/call.c). */
 static bool makes_keys(const cmb_head *head, int64_t r, int what) {
     return what & KEYS && head->pool_key && (!(what & OWN_ROWS) || (r < head->plan->R && is_own(head->key_row, r)));
 }
@@ -191,7 +191,8 @@ static int64_t count_own(const cmb_head *head, int32_t task, const int32_t *plac
     return own;
 }
 
-/* A task's abstractions. Backward leaves those of a task that are all its own to pool_own. */
+/* A task's abstractions. In backward pool_own makes the task's own q_R and k_R, so that they are left out here; unless
+ * some others have to be made, which may be pooled from them. */
 static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) {
     bool all_queries = false, all_keys = false;
     if (w->backward) {
@@ -201,13 +202,13 @@ static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) {
     pool_from(head, task, head->L, (all_queries ? 0 : QUERIES) | (all_keys ? 0 : KEYS) | BIASES, w);
 }
 
-/* Backward, before a task's tiles: the task's own abstractions are pooled again, and their gradients zeroed. */
+/* Backward, before a task's tiles: makes the task's own abstractions, and zeroes their gradients. */
 static void pool_own(const cmb_head *head, int32_t task, cmb_scratch *w) {
     bool are_all;
     const int64_t queries = count_own(head, task, head->query_row, &are_all),
                   keys = count_own(head, task, head->key_row, &are_all);
-    const bool has_scratch_rows = head->query_row && head->plan->N > 0; /* which other tasks have overwritten */
-    if (queries + keys == 0 && !has_scratch_rows)
+    const bool overwritten = head->query_row && head->plan->N > 0; /* rows L + R .., by other tasks */
+    if (queries + keys == 0 && !overwritten)
         return;
     pool_from(head, task, head->L, QUERIES | KEYS | OWN_ROWS, w);
     memset(w->own_query_grad, 0, (size_t)(queries * head->D) * sizeof(REAL));

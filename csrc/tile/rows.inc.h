@@ -85,8 +85,8 @@ static inline REAL *placed_at(const int32_t *place, cmb_rows rows, REAL *own, in
     return n < 0 ? own + ~n * dim : at(rows, n);
 }
 
-/* The same of gradients. */
-static inline REAL *placed_gradient_at(const int32_t *place, cmb_rows rows, REAL *own, int64_t dim, int64_t r) {
+/* The same; of gradients the block is zeroed as in zeroed_at. */
+static inline REAL *zeroed_placed_at(const int32_t *place, cmb_rows rows, REAL *own, int64_t dim, int64_t r) {
     const int64_t n = place ? place[r] : r;
     return n < 0 ? own + ~n * dim : zeroed_at(rows, n);
 }
@@ -133,13 +133,13 @@ static inline table_row value_row(const cmb_head *head, int64_t x, const cmb_scr
 static inline REAL *key_grad_row(const cmb_head *head, int64_t x, const cmb_scratch *w) {
     const int64_t r = x - head->L;
     return r < 0 ? zeroed_at(head->grad.key, x)
-                 : placed_gradient_at(head->key_row, head->grad.region_key, w->own_key_grad, head->D, r);
+                 : zeroed_placed_at(head->key_row, head->grad.region_key, w->own_key_grad, head->D, r);
 }
 
 static inline REAL *value_grad_row(const cmb_head *head, int64_t x, const cmb_scratch *w) {
     const int64_t r = x - head->L;
     return r < 0 ? zeroed_at(head->grad.value, x)
-                 : placed_gradient_at(head->key_row, head->grad.region_value, w->own_value_grad, head->Dv, r);
+                 : zeroed_placed_at(head->key_row, head->grad.region_value, w->own_value_grad, head->Dv, r);
 }
 
 /* dO of a position; of a region dh_R, which the tiles that attend it have summed. */

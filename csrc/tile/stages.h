@@ -22,7 +22,8 @@ typedef struct {
     int64_t count, dim;
 } cmb_rows;
 
-/* One query head of one segment of a problem. Arrays of regions have row r for table row L + r.
+/* One query head of one segment of a problem. Arrays of regions have row r for table row L + r,
+ * but where query_row, key_row or value_row say otherwise.
  *
  * Elements of query, key, value, out and grad.out are the caller's. All others are of the type that is computed with,
  * which is wider for the 16-bit dtypes. */
@@ -99,7 +100,8 @@ typedef struct {
 
     /* Forward, and in backward before all tiles: a task's pool steps. */
     void (*pool)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
-    /* Backward, before a task's tiles: pools again the q_R and k_R that lie in the worker's scratch. */
+    /* Backward, before a task's tiles: pools the q_R and k_R that lie in the worker's scratch, and zeroes their
+     * gradients and those of h_R. */
     void (*pool_own)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
     /* Backward, after a task's tiles. `item`: NULL, or where workers share the head what has entered for these rows. */
     void (*pool_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_item *item);
