@@ -518,7 +518,8 @@ class Judge:
             within = self.kept * max(2, self.stages) * error + (4 + self.S.max(initial=0)) * 2.0**-24 * size
         if dtype.itemsize == 2:  # out and the summaries' values were rounded on their way here too
             within = within + unit(dtype) * (np.abs(expected) + 2 * self.stages * size)
-        if takes_pairs(dtype_of_inputs):
+        is_kept_rounded = self.weighted and dtype_of_inputs.itemsize == 2  # forward's weighted keys, for backward
+        if takes_pairs(dtype_of_inputs) or is_kept_rounded:
             within = within + 2 * self.moved(dtype_of_inputs).max(initial=0) * size
         if self.lenient and name in TERM_ARRAYS:  # a sum over queries and what the term was broadcast to
             B, Hq, L = self.problem.inputs[0].shape[:3]
