@@ -113,8 +113,8 @@ static void plan_backward(cmb_call *call) {
     }
 }
 
-/* Whether a task's own k_R may lie in scratch. They must be pooled here, and their gradients must begin with 0. A plan
- * with scratch rows would have to pool these again before them; and heads' tiles read the k_R of several heads. */
+/* Whether a task's own k_R may lie in scratch: if the call pools them, and their gradients begin with 0. Left out are
+ * plans with rows L + R .., which backward would have to pool before the k_R, and heads' tiles, which read tables. */
 static bool may_keys_be_own(const cmb_call *call) {
     const cmb_problem *p = call->problem;
     const cmb_gradients *g = call->gradients;
@@ -153,7 +153,8 @@ static void place_regions(cmb_call *call) {
                &call->table_queries);
     place_rows(call, may_be_own && have_keys && may_keys_be_own(call), keys, other_keys, &call->own_keys,
                &call->table_keys);
-    /* attention that keeps h_R has to widen them where they are narrow, and is to take no more than one that does not
+    /* Not of 16-bit dtypes: a call that keeps h_R needs a wider table of them, and cmb_workspace_bytes has one figure
+     * for calls that keep them and calls that do not.
      */
     call->are_values_own = call->own_keys > 0 && !call->is_backward && !call->is_narrow && !p->summary_value.data;
 }

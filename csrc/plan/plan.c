@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/* A finished plan: one block of memory, the struct first and its arrays behind it; and traits.key_row, which few plans
- * have. combiner.h says what a plan holds. */
+/* A finished plan: one block of memory, the struct first and its arrays behind it, but for traits.key_row, which has a
+ * block of its own. combiner.h says what a plan holds. */
 #include "plan/plan.h"
 
 #include <string.h>

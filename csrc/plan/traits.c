@@ -108,13 +108,13 @@ static bool is_fusible(const writers *w) {
 
 /* ---- query_row, own_queries, shared_queries; key_row, own_keys, shared_keys ---- */
 
-/* needs[r]: the one task that needs region r's row; NO_TASK; or, where several do, ~next: region `next` > r is the
- * first one behind r that several tasks may not need. So a list of many such regions is gone through in a few steps. */
+/* needs[r]: the one task that needs region r's row; NO_TASK; or ~next, with next > r, if several tasks need each of the
+ * regions r to next - 1. So a list of many such regions takes a few steps. */
 enum { NO_TASK = -1 };
 
 static bool do_several_need(const int32_t *needs, int64_t r) { return needs[r] < NO_TASK; }
 
-/* The first region from r on that not several tasks need; `end` if there is none before. */
+/* The first region of [r, end) that at most one task needs; `end` if there is none. */
 static int64_t skip_shared(int32_t *needs, int64_t r, int64_t end) {
     while (r < end && do_several_need(needs, r)) {
         const int32_t next = ~needs[r];
@@ -337,8 +337,7 @@ static void *allocate(const cmb_plan *plan, size_t count, size_t size, cmb_error
     return memory;
 }
 
-/* In a block of its own, since few plans have it: those that name a region for every position or two would grow by a
- * tenth. */
+/* In a block of its own: few plans keep it, and it would make the others up to a tenth larger. */
 static cmb_status find_key_rows(cmb_plan *plan, int32_t *needs, cmb_cancel *cancel, cmb_error *error) {
     cmb_plan_traits *traits = &plan->traits;
     int32_t *key_row = allocate(plan, (size_t)plan->R, sizeof *key_row, error);

@@ -191,8 +191,8 @@ static int64_t count_own(const cmb_head *head, int32_t task, const int32_t *plac
     return own;
 }
 
-/* A task's abstractions. In backward pool_own makes the task's own q_R and k_R, so that they are left out here; unless
- * some others have to be made, which may be pooled from them. */
+/* A task's abstractions. In backward pool_own makes the own q_R and k_R. A task that has others too makes all of them
+ * here as well, since the others may be pooled from its own. */
 static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) {
     bool all_queries = false, all_keys = false;
     if (w->backward) {

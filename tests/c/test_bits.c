@@ -261,8 +261,8 @@ static void fused_waves(void) {
     CHECK(cmb_set_num_threads(0, NULL) == CMB_OK);
 }
 
-/* Rows of regions that one task alone uses lie in its worker's scratch, but for a caller who passes gradients of the
- * summaries (zeros here). Those of h_R do where the caller does not ask for h_R. */
+/* k_R that one task alone uses lie in its worker's scratch; so do h_R, if the caller does not ask for them. Gradients
+ * of the summaries, zeros here, keep all of them in tables. The bits are the same. */
 static void regions_in_scratch(void) {
     static const cmb_pooling pooling[] = {CMB_POOL_MAX, CMB_POOL_MEAN};
     for (int options = 0; options < 8; options++) {
