@@ -34,9 +34,7 @@
 #define interleave_low NAME2(interleave_low, SUFFIX)
 #define interleave_high NAME2(interleave_high, SUFFIX)
 #define longs NAME2(longs, SUFFIX)
-#define words_of_longs NAME2(words_of_longs, SUFFIX)
-#define load_words NAME2(load_words, SUFFIX)
-#define store_words NAME2(store_words, SUFFIX)
+#define unaligned_longs NAME2(unaligned_longs, SUFFIX)
 #define product_of_low NAME2(product_of_low, SUFFIX)
 #define K(name) NAME2(name, SUFFIX)
 
@@ -260,16 +258,17 @@ static void K(dot_in_order)(int64_t n, const REAL *const *row, int64_t dim, cons
 /* ---- dropout ------------------------------------------------------------------------------------ */
 
 /* Philox4x32-10 (Salmon et al., SC 2011): the four words of CMB_GROUP counters that differ in their second word. A word
- * is the lower half of a 64-bit element, and upper halves may hold anything. Two vectors are computed together, because
- * one alone would wait for its products. */
+ * is the lower half of a 64-bit element, and upper halves may hold anything. A vector of words in memory is two vectors
+ * of such elements, which are computed together, because one alone would wait for its products. */
 INLINE void K(philox)(uint32_t first, const uint32_t *second, const cmb_dropout *d, uint32_t word[4][CMB_GROUP]) {
     enum { TOGETHER = 2, EACH = VECTOR_BYTES / 8 };
     const longs zero = {0}, factor0 = zero + 0xD2511F53, factor2 = zero + 0xCD9E8D57;
     for (int at = 0; at < CMB_GROUP; at += TOGETHER * EACH) {
         longs x[4][TOGETHER];
+        x[1][0] = *(const unaligned_longs *)(second + at);
+        x[1][1] = x[1][0] >> 32;
         for (int n = 0; n < TOGETHER; n++) {
             x[0][n] = zero + first;
-            x[1][n] = load_words(second + at + n * EACH);
             x[2][n] = zero + d->head;
             x[3][n] = zero + d->batch;
         }
@@ -287,8 +286,7 @@ INLINE void K(philox)(uint32_t first, const uint32_t *second, const cmb_dropout 
             key[1] += 0xBB67AE85;
         }
         for (int w = 0; w < 4; w++)
-            for (int n = 0; n < TOGETHER; n++)
-                store_words(word[w] + at + n * EACH, x[w][n]);
+            *(unaligned_longs *)(word[w] + at) = (x[w][0] & UINT32_MAX) | x[w][1] << 32;
     }
 }
 
@@ -309,7 +307,10 @@ static void K(dropout)(int64_t n, const uint32_t *row, int width, const uint32_t
                     for (int t = 0; t < CMB_GROUP; t++)
                         kept[r][t] = word[r][t] >> 8 >= dropout->threshold ? factor : 0;
             }
-            memcpy(keep + i * width + lane, kept[at % 4], lanes * sizeof *keep);
+            if (width == 1)
+                keep[i] = kept[at % 4][0];
+            else
+                memcpy(keep + i * width + lane, kept[at % 4], sizeof kept[0]);
         }
     }
 }

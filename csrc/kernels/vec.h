@@ -162,15 +162,10 @@ static inline void store_part(REAL *p, vec x, int n) {
 
 /* ---- integers of 64 bits ------------------------------------------------------------------------
  *
- *   load_words / store_words      from 32 bits each; the lower halves, to 32 bits each
  *   product_of_low                of the lower halves, whatever the upper ones hold
  */
 typedef uint64_t longs __attribute__((vector_size(VECTOR_BYTES)));
-typedef uint32_t words_of_longs __attribute__((vector_size(VECTOR_BYTES / 2), aligned(4), may_alias));
-static inline longs load_words(const uint32_t *p) { return __builtin_convertvector(*(const words_of_longs *)p, longs); }
-static inline void store_words(uint32_t *p, longs x) {
-    *(words_of_longs *)p = __builtin_convertvector(x, words_of_longs);
-}
+typedef uint64_t unaligned_longs __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 #if defined(TARGET_AVX512)
 static inline longs product_of_low(longs a, longs b) { return (longs)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
 #elif defined(TARGET_AVX2)

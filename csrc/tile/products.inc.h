@@ -153,6 +153,12 @@ static const REAL *seen_part(const tile_state *t, const REAL *row, int64_t dim, 
 
 /* ---- the three products ------------------------------------------------------------------------- */
 
+/* Zeroes lane groups [from, to) of a row of S, one by one: the compiler then knows how many bytes. */
+static inline void clear_groups(REAL *s, int from, int to) {
+    for (int group = from; group < to; group++)
+        memset(s + group * CMB_GROUP, 0, CMB_GROUP * sizeof *s);
+}
+
 /* s[row][lane] (+)= row . packed lane, in the windows; `clear` stores zeros outside of them. */
 static void row_products(const tile_state *t, const REAL *const *row, int64_t dim, const REAL *packed, REAL *s,
                          bool add, bool clear, cmb_scratch *w) {
@@ -174,8 +180,8 @@ static void row_products(const tile_state *t, const REAL *const *row, int64_t di
             gemm(t, end - i, (to - from) * CMB_GROUP, n, row + i, 1, w->packed_row, w->s_row + i, from * CMB_GROUP, add,
                  0, w);
         for (int r = i; clear && r < end; r++) {
-            memset(w->s_row[r], 0, (size_t)(from * CMB_GROUP) * sizeof(REAL));
-            memset(w->s_row[r] + to * CMB_GROUP, 0, (size_t)(w->width - to * CMB_GROUP) * sizeof(REAL));
+            clear_groups(w->s_row[r], 0, from);
+            clear_groups(w->s_row[r], to, w->width / CMB_GROUP);
         }
     }
 }
