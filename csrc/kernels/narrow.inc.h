@@ -8,6 +8,16 @@ typedef uint32_t words __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef uint16_t unaligned_halves __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
 
+/* Numbers of 16 bits as words, and words whose upper halves are zeros as numbers of 16 bits. GCC converts vectors of 64
+ * bytes half by half. */
+#ifdef TARGET_AVX512
+INLINE words words_of(halves x) { return (words)_mm512_cvtepu16_epi32((__m256i)x); }
+INLINE halves halves_of(words x) { return (halves)_mm512_cvtepi32_epi16((__m512i)x); }
+#else
+INLINE words words_of(halves x) { return __builtin_convertvector(x, words); }
+INLINE halves halves_of(words x) { return __builtin_convertvector(x, halves); }
+#endif
+
 INLINE words either(words condition, words a, words b) { return (a & condition) | (b & ~condition); }
 
 /* bfloat16 is the upper half of a float. */
@@ -43,28 +53,27 @@ INLINE words f16_narrow(words x) {
 #define PAIRS .gemm = NULL
 #endif
 
-#define FORMAT(format, ...)                                                                                        \
-    static void format##_widen_row(int64_t n, const uint16_t *x, float *y) {                                       \
-        int64_t i = 0;                                                                                             \
-        for (; i + LANES <= n; i += LANES)                                                                         \
-            store(y + i, (vec)format##_widen(__builtin_convertvector(*(const unaligned_halves *)(x + i), words))); \
-        if (i < n) {                                                                                               \
-            halves rest = {0};                                                                                     \
-            memcpy(&rest, x + i, (size_t)(n - i) * sizeof *x);                                                     \
-            store_part(y + i, (vec)format##_widen(__builtin_convertvector(rest, words)), (int)(n - i));            \
-        }                                                                                                          \
-    }                                                                                                              \
-    static void format##_narrow_row(int64_t n, const float *x, uint16_t *y) {                                      \
-        int64_t i = 0;                                                                                             \
-        for (; i + LANES <= n; i += LANES)                                                                         \
-            *(unaligned_halves *)(y + i) = __builtin_convertvector(format##_narrow((words)load(x + i)), halves);   \
-        if (i < n) {                                                                                               \
-            const halves rest =                                                                                    \
-                __builtin_convertvector(format##_narrow((words)load_part(x + i, (int)(n - i))), halves);           \
-            memcpy(y + i, &rest, (size_t)(n - i) * sizeof *y);                                                     \
-        }                                                                                                          \
-    }                                                                                                              \
-    const cmb_narrow_format NAME3(cmb_narrow_, ISA,                                                                \
+#define FORMAT(format, ...)                                                                        \
+    static void format##_widen_row(int64_t n, const uint16_t *x, float *y) {                       \
+        int64_t i = 0;                                                                             \
+        for (; i + LANES <= n; i += LANES)                                                         \
+            store(y + i, (vec)format##_widen(words_of(*(const unaligned_halves *)(x + i))));       \
+        if (i < n) {                                                                               \
+            halves rest = {0};                                                                     \
+            memcpy(&rest, x + i, (size_t)(n - i) * sizeof *x);                                     \
+            store_part(y + i, (vec)format##_widen(words_of(rest)), (int)(n - i));                  \
+        }                                                                                          \
+    }                                                                                              \
+    static void format##_narrow_row(int64_t n, const float *x, uint16_t *y) {                      \
+        int64_t i = 0;                                                                             \
+        for (; i + LANES <= n; i += LANES)                                                         \
+            *(unaligned_halves *)(y + i) = halves_of(format##_narrow((words)load(x + i)));         \
+        if (i < n) {                                                                               \
+            const halves rest = halves_of(format##_narrow((words)load_part(x + i, (int)(n - i)))); \
+            memcpy(y + i, &rest, (size_t)(n - i) * sizeof *y);                                     \
+        }                                                                                          \
+    }                                                                                              \
+    const cmb_narrow_format NAME3(cmb_narrow_, ISA,                                                \
                                   format) = {.widen = format##_widen_row, .narrow = format##_narrow_row, __VA_ARGS__};
 
 FORMAT(bf16, PAIRS)

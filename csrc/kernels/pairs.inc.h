@@ -37,8 +37,8 @@ static void pair_interleave(int64_t n, const void *first, const void *second, vo
     float *pairs = to;
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        const words low = __builtin_convertvector(*(const unaligned_halves *)(x + i), words);
-        const words high = y ? __builtin_convertvector(*(const unaligned_halves *)(y + i), words) : (words){0};
+        const words low = words_of(*(const unaligned_halves *)(x + i));
+        const words high = y ? words_of(*(const unaligned_halves *)(y + i)) : (words){0};
         store(pairs + i, (vec)(low | high << 16));
     }
     for (; i < n; i++)
