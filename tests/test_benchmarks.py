@@ -56,3 +56,15 @@ def test_a_layer_of_deepseek_v4():
     pytest.importorskip("transformers")
     said = run_file("benchmarks/deepseek_v4.py", "--length", "300", "--rate", "20", "--window", "50")
     assert float(said.split("at most ")[1].split()[0]) < 1e-5
+
+
+def test_two_builds_in_one_process():
+    """A checkout beside itself takes the same time, more or less; both passes of each pattern have a row."""
+    said = run_file(
+        "benchmarks/compare_builds.py", ROOT, ROOT, "Fixed(16)", "Tree(4)", "--length", "256", "--seconds", "0.2"
+    )
+    rows = [line.split("|") for line in said.splitlines()[2:]]
+    assert [(row[1].strip(), row[2].strip()) for row in rows] == [
+        (pattern, passes) for pattern in ("Fixed(16)", "Tree(4)") for passes in ("forward", "backward")
+    ]
+    assert all(0.5 < float(row[5]) < 2 for row in rows)
