@@ -307,7 +307,7 @@ static void K(dropout)(int64_t n, const uint32_t *row, int width, const uint32_t
                     for (int t = 0; t < CMB_GROUP; t++)
                         kept[r][t] = word[r][t] >> 8 >= dropout->threshold ? factor : 0;
             }
-            if (width == 1)
+            if (width == 1) /* both sizes are constants: a short copy of an unknown size is slow */
                 keep[i] = kept[at % 4][0];
             else
                 memcpy(keep + i * width + lane, kept[at % 4], sizeof kept[0]);
