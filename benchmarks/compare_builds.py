@@ -27,18 +27,19 @@ PASSES = "forward", "backward"
 
 
 def load(directory: str) -> ModuleType:
-    """The package of a checkout, beside those that were loaded before from others."""
+    """The package of a checkout, beside those of others that were loaded before. One without a build is refused: it
+    would take the compiled module of an installed package."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "combiner"]:
         del sys.modules[name]
     root = Path(directory).resolve()
     sys.path.insert(0, str(root))
     try:
-        package = importlib.import_module("combiner")
-        importlib.import_module("combiner.pattern_arguments")
+        package, core, _ = map(importlib.import_module, ("combiner", "combiner._core", "combiner.pattern_arguments"))
     finally:
         sys.path.remove(str(root))
-    if Path(package.__file__ or "").parent != root / "combiner":
-        raise SystemExit(f"{directory} has no package: {package.__file__} was loaded")
+    for loaded in package, core:
+        if Path(loaded.__file__ or "").parent != root / "combiner":
+            raise SystemExit(f"no build in {directory}: {loaded.__name__} is {loaded.__file__}")
     return package
 
 
