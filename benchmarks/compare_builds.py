@@ -4,8 +4,8 @@
     python benchmarks/compare_builds.py ../before . "Fixed(128)" "Tree(8)"
 
 Each directory is a checkout in which the package was built in place (`pip install -e .`). The builds take turns, one
-call each, so that what else the machine does slows both alike: a ratio repeats within 1%, on a machine whose times
-differ by 10% from one minute to the next. Float32, causal, one batch entry. The ratio is the median over turns.
+call each, so that what else the machine does slows both alike. The ratio is the median over turns: from ten turns on it
+repeats within 1%, on a machine whose times differ by 10% from one minute to the next. Float32, causal, one batch entry.
 """
 
 from __future__ import annotations
