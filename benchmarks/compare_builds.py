@@ -4,7 +4,7 @@
     python benchmarks/compare_builds.py ../before . "Fixed(128)" "Tree(8)"
 
 Each directory is a checkout in which the package was built in place (`pip install -e .`). The builds take turns, one
-call each, so that what else the machine does slows both alike. The ratio is the median over turns: from ten turns on it
+call each, so that other work on the machine slows both alike. The ratio is the median over turns: from ten turns on it
 repeats within 1%, on a machine whose times differ by 10% from one minute to the next. Float32, causal, one batch entry.
 """
 
@@ -53,7 +53,7 @@ def call(package: ModuleType, text: str, arrays: list[Any], passes: str) -> Call
 
 
 def times_in_turns(calls: list[Callable[[], object]], seconds: float) -> list[list[float]]:
-    """For each call its times, as many as fit; the first of each is left out."""
+    """The times of each call, as many as fit into `seconds`, after one call of each that is not timed."""
     times: list[list[float]] = [[] for _ in calls]
     for each in calls:
         each()
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", help="a checkout")
     parser.add_argument("after", help="another checkout")
-    parser.add_argument("patterns", nargs="+", help="as combiner writes them")
+    parser.add_argument("patterns", nargs="+", help='such as "Fixed(128)"')
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=64)

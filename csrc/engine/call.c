@@ -153,9 +153,8 @@ static void place_regions(cmb_call *call) {
                &call->table_queries);
     place_rows(call, may_be_own && have_keys && may_keys_be_own(call), keys, other_keys, &call->own_keys,
                &call->table_keys);
-    /* Not of 16-bit dtypes: a call that keeps h_R needs a wider table of them, and cmb_workspace_bytes has one figure
-     * for calls that keep them and calls that do not.
-     */
+    /* Not for 16-bit dtypes: a call that keeps h_R has a table of them in float32, and cmb_workspace_bytes gives one
+     * figure for calls that keep h_R and for calls that do not. */
     call->are_values_own = call->own_keys > 0 && !call->is_backward && !call->is_narrow && !p->summary_value.data;
 }
 

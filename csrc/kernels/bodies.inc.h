@@ -258,8 +258,8 @@ static void K(dot_in_order)(int64_t n, const REAL *const *row, int64_t dim, cons
 /* ---- dropout ------------------------------------------------------------------------------------ */
 
 /* Philox4x32-10 (Salmon et al., SC 2011): the four words of CMB_GROUP counters that differ in their second word. A word
- * is the lower half of a 64-bit element, and upper halves may hold anything. A vector of words in memory is two vectors
- * of such elements, which are computed together, because one alone would wait for its products. */
+ * is the lower half of a 64-bit element, and upper halves may hold anything. A vector of words in memory becomes two
+ * such vectors, of every other word each. They are computed together, because one alone would wait for its products. */
 INLINE void K(philox)(uint32_t first, const uint32_t *second, const cmb_dropout *d, uint32_t word[4][CMB_GROUP]) {
     enum { TOGETHER = 2, EACH = VECTOR_BYTES / 8 };
     const longs zero = {0}, factor0 = zero + 0xD2511F53, factor2 = zero + 0xCD9E8D57;

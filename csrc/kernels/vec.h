@@ -160,10 +160,8 @@ static inline void store_part(REAL *p, vec x, int n) {
 
 #endif
 
-/* ---- integers of 64 bits ------------------------------------------------------------------------
- *
- *   product_of_low                of the lower halves, whatever the upper ones hold
- */
+/* ---- integers of 64 bits; the product of their lower halves, whatever the upper ones hold -------- */
+
 typedef uint64_t longs __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint64_t unaligned_longs __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 #if defined(TARGET_AVX512)

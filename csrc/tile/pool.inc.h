@@ -191,8 +191,8 @@ static int64_t count_own(const cmb_head *head, int32_t task, const int32_t *plac
     return own;
 }
 
-/* A task's abstractions. In backward pool_own makes the own q_R and k_R. A task that has others too makes all of them
- * here as well, since the others may be pooled from its own. */
+/* A task's abstractions. In backward pool_own makes the q_R and k_R that lie in scratch, and pool makes the tables'
+ * rows. For these it makes the rows in scratch too, since a table's row may be pooled from them. */
 static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) {
     bool all_queries = false, all_keys = false;
     if (w->backward) {
