@@ -4,6 +4,8 @@
 Compared as bytes, but for -0 and +0 where a sum ends in exact zeros. One test says that bits differ where they should.
 """
 
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -135,6 +137,44 @@ def test_threads_on_many_tasks(rng, pattern, is_causal):
     for threads in (2, 7):
         with combiner.num_threads(threads):
             assert_same(run(arrays, pattern, is_causal=is_causal), expected)
+
+
+SHARED = [Fixed(64), LogSparse(), LogSparse(hierarchical=True), Tree(5), Tree(8), Axial(70, "rowmajor"), Window(50)]
+OPTIONS: dict[str, Callable[[np.random.Generator, int], dict]] = {
+    "mask": lambda rng, regions: {"key_mask": rng.random((1, 1500)) < 0.5},
+    "nearly all masked": lambda rng, regions: {"key_mask": np.arange(1500)[None] % 300 == 7},
+    "terms": lambda rng, regions: {
+        "softcap": 2.0,
+        "key_bias": rng.standard_normal((1, 1, 1500), dtype=np.float32),
+        "region_bias": rng.standard_normal((1, 2, regions), dtype=np.float32),
+        "sink": rng.standard_normal(2, dtype=np.float32),
+    },
+    "dropout": lambda rng, regions: {"dropout_p": 0.3, "seed": 5},
+    "learned": lambda rng, regions: {
+        "region_query": rng.standard_normal((1, 2, regions, 16), dtype=np.float32),
+        "region_key": rng.standard_normal((1, 1, regions, 16), dtype=np.float32),
+    },
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("pattern", SHARED, ids=str)
+def test_threads_that_share_a_head(rng, pattern, options):
+    """All gradients of one key head with two query heads, under all that a call may carry."""
+    arrays = draw(rng, L=1500, B=1, Hq=2, Hk=1, D=16, Dv=12)
+    regions = pattern.plan(1500, is_causal=True).region_count
+    if options in ("terms", "learned") and not regions:
+        pytest.skip("no regions")
+    given = OPTIONS[options](rng, regions)
+    results = []
+    for threads in (1, 2, 5):
+        with combiner.num_threads(threads):
+            _, saved = combiner.attention_forward(*arrays[:3], pattern, is_causal=True, **given)
+            gradients = combiner.attention_backward(arrays[3], saved, grad_lse=arrays[4])
+        results.append([x for x in gradients if x is not None])
+    assert len(results[0]) == 3 + len({"key_bias", "region_bias", "sink", "region_query", "region_key"} & set(given))
+    for other in results[1:]:
+        assert [x.tobytes() for x in other] == [x.tobytes() for x in results[0]]
 
 
 def test_threads_at_rows_listed_twice(rng):

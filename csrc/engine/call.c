@@ -13,24 +13,6 @@ enum { MAX_IN_FLIGHT = 1024 };
 
 /* ---- planning a call ---------------------------------------------------------------------------- */
 
-/* Tickets that an item takes at most. */
-static int64_t most_tickets(const cmb_plan *plan) {
-    int64_t most = 0;
-    for (int32_t tile = 0; tile < plan->tiles; tile++) {
-        int64_t rows = 2 * (int64_t)plan->tile[tile].query.count;
-        for (int32_t run = plan->tile[tile].run; run < plan->tile[tile + 1].run; run++)
-            rows += plan->run[run].row.count;
-        most = rows > most ? rows : most;
-    }
-    for (int32_t task = 0; task < plan->tasks; task++) {
-        int64_t rows = 0;
-        for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++)
-            rows += 2 * (1 + (int64_t)plan->pool[p].child.count);
-        most = rows > most ? rows : most;
-    }
-    return most;
-}
-
 /* The largest of the segments' and plans' sizes. */
 static void find_sizes(cmb_call *call) {
     const cmb_problem *p = call->problem;
@@ -104,13 +86,10 @@ static void plan_forward(cmb_call *call) {
 }
 
 static void plan_backward(cmb_call *call) {
-    const cmb_problem *p = call->problem;
     call->max_in_flight = cmb_min(call->heads, call->workers) * call->lanes;
     call->backward.shared = call->workers > 1 ? call->heads % call->workers : 0;
-    for (int64_t i = 0; call->backward.shared > 0 && i < p->plans; i++) {
-        const int64_t tickets = most_tickets(p->plan[i]);
-        call->backward.max_tickets = tickets > call->backward.max_tickets ? tickets : call->backward.max_tickets;
-    }
+    if (call->backward.shared > 0)
+        cmb_plan_shared(call);
 }
 
 /* Whether a task's own k_R may lie in scratch: if the call pools them, and their gradients begin with 0. Left out are
@@ -133,8 +112,8 @@ static void place_rows(const cmb_call *call, bool may_be_own, int64_t own, int64
     *table_rows = in_scratch ? others : call->R;
 }
 
-/* Where q_R and k_R lie, in all heads and segments of the call. The tiles of a task of a shared head run on several
- * workers, so that there all lie in tables. */
+/* Where q_R and k_R lie, in all heads and segments of the call. Where the tiles of a task run on several workers, all
+ * lie in tables. */
 static void place_regions(cmb_call *call) {
     const cmb_problem *p = call->problem;
     int64_t queries = 0, other_queries = 0, keys = 0, other_keys = 0;
@@ -148,7 +127,7 @@ static void place_regions(cmb_call *call) {
         keys = cmb_max(traits->own_keys, keys);
         other_keys = cmb_max(traits->shared_keys, other_keys);
     }
-    const bool may_be_own = p->plans > 0 && call->backward.shared == 0;
+    const bool may_be_own = p->plans > 0 && (call->backward.shared == 0 || call->backward.by_task);
     place_rows(call, may_be_own && are_known && cmb_pools_query(p), queries, other_queries, &call->own_queries,
                &call->table_queries);
     place_rows(call, may_be_own && have_keys && may_keys_be_own(call), keys, other_keys, &call->own_keys,
@@ -290,6 +269,7 @@ void cmb_take_workspace(cmb_call *call, cmb_arena *arena) {
                                  .queries = call->own_queries,
                                  .keys = call->own_keys,
                                  .children = call->children,
+                                 .apart = call->backward.max_apart,
                                  .dropout = call->dropout_threshold > 0,
                                  .softcap = call->problem->softcap > 0,
                                  .biased = cmb_has_biases(call->problem),

@@ -50,12 +50,15 @@ typedef struct {
     struct {               /* backward: [blocks] as in cmb_rows, of the head's gradients */
         uint8_t *query, *key, *value, *region_query, *region_key, *region_value, *key_bias, *region_bias;
     } unzeroed;
+    cmb_gradient_rows zeroed; /* a shared head's gradients, with the blocks that are to be zeroed */
 } cmb_slot;
 
 /* What workers need to share one head's backward. */
 typedef struct {
     cmb_tickets tickets;
-    int32_t *first_item; /* [tasks + 1] of each task, in the order of cmb_slot.order */
+    int32_t items;
+    int32_t *first_item; /* [tasks + 1] by tile, in the order of cmb_slot.order: of each task. By task: where in that
+                          * order each item begins */
 } cmb_sharing;
 
 typedef struct {
@@ -103,8 +106,10 @@ typedef struct {
     struct {
         int64_t shared;       /* the last `shared` of the heads: each is computed by all workers together */
         cmb_sharing *sharing; /* [shared]; `lanes` query heads of each are the first slots */
+        bool by_task;         /* of the two kinds of items in shared.c */
         cmb_item *item;       /* [workers] */
         int64_t max_tickets;  /* that an item takes */
+        int64_t max_apart;    /* by task: regions that a task's queries attend, counted for each tile */
         int64_t group_head;   /* the query head at hand, or the first of `lanes`, counted within its group */
         int32_t wave;         /* the wave whose pools are at hand */
         void *sink; /* [B, components, segments, Hq] the gradient of each head's sink, where there are sinks */
@@ -145,6 +150,15 @@ void cmb_end_gradients(const cmb_call *call, const cmb_slot *slot, int worker);
 void cmb_run_forward(cmb_call *call);
 void cmb_run_backward(cmb_call *call);
 
+/* Backward (backward.c): makes the slot's head and begins its gradients; a tile for `lanes` heads from this slot on. */
+void cmb_begin_backward(const cmb_call *call, cmb_slot *slot, cmb_head_id id, int worker);
+void cmb_run_tile_of_lanes(const cmb_call *call, const cmb_slot *slot, int32_t tile, int worker, cmb_item *item);
+
+/* Backward of the last heads, each by all workers together (shared.c): fills in what its workspace depends on; runs
+ * them. */
+void cmb_plan_shared(cmb_call *call);
+void cmb_run_shared(cmb_call *call);
+
 /* Backward, once all heads of all components are done, or where there are none: the gradients of the sinks, summed over
  * components and segments, and divided by the number of components. */
 void cmb_store_sinks(const cmb_call *call);
@@ -168,7 +182,7 @@ static inline bool cmb_is_of_lanes(const cmb_call *call, const cmb_plan *plan, i
     return call->are_heads_lanes && plan->traits.has_heads_tiles && cmb_is_heads_tile(plan, plan->tile + tile);
 }
 
-/* The items of so many tasks, in which a head is shared (backward.c): of each query head the pools of each task and its
+/* The items of so many tasks, by tile (shared.c): of each query head the pools of each task and its
  * tiles, and, where heads are lanes, once more the tiles for all of them. */
 static inline int64_t cmb_count_items(const cmb_call *call, int64_t tasks, int64_t tiles) {
     return call->lanes * (tasks + tiles) + (call->are_heads_lanes ? tiles : 0);

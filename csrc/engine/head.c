@@ -276,7 +276,7 @@ static void zero_rest(const cmb_call *call, cmb_rows rows, int worker) {
     for (int64_t block = 0; block < cmb_blocks(rows.count); block++) {
         if (block % CMB_BLOCK_ROWS == 0 && cmb_cancelled(call->cancel, worker))
             return;
-        if (rows.unzeroed[block])
+        if (rows.unzeroed && rows.unzeroed[block])
             call->stage->zero_block(rows, block);
     }
 }

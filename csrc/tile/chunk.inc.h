@@ -133,8 +133,9 @@ static void gather_row(const cmb_head *head, const tile_state *t, int32_t x, int
     w->row[at] = (uint32_t)x;
     if (!w->backward)
         return;
-    w->dkey[at] = key_grad_row(head, x, w);
-    w->dvalue[at] = value_grad_row(head, x, w);
+    const int32_t apart = is_kept_apart(head, x, w) ? new_apart(head, x - head->L, w) : -1;
+    w->dkey[at] = apart < 0 ? key_grad_row(head, x, w) : w->apart_key + apart * head->D;
+    w->dvalue[at] = apart < 0 ? value_grad_row(head, x, w) : w->apart_value + apart * head->Dv;
 }
 
 static inline int64_t last_of(cmb_list list) { return list.start + (int64_t)list.step * (list.count - 1); }
@@ -144,8 +145,9 @@ static inline bool are_positions(const cmb_head *head, cmb_list list) {
 }
 
 /* Regions whose rows are evenly spaced, as the list is. */
-static inline bool are_even_regions(const cmb_head *head, cmb_list list) {
-    return list.step && list.start >= head->L && last_of(list) >= head->L && !head->pick_key && !head->key_row;
+static inline bool are_even_regions(const cmb_head *head, cmb_list list, const cmb_scratch *w) {
+    return list.step && list.start >= head->L && last_of(list) >= head->L && !head->pick_key && !head->key_row &&
+           !w->keeps_apart;
 }
 
 /* Prefix reuse: the lanes that have attended element n of the run. */
@@ -164,7 +166,7 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
         const cmb_list list = run->row;
         const int from = n;
         t->masked |= mask != NULL || t->next < t->prefix.end;
-        if (head->all_live && (are_positions(head, list) || are_even_regions(head, list))) {
+        if (head->all_live && (are_positions(head, list) || are_even_regions(head, list, w))) {
             const int taken = list.count - t->next < CHUNK - n ? list.count - t->next : CHUNK - n;
             gather_straight(head, t, list, taken, n, w);
             for (int i = 0; i < taken; i++)

@@ -69,6 +69,12 @@ struct cmb_scratch {
     const REAL **lane_bias_grad;             /* [64] db_R where it is weighted */
     REAL *packed_bias_grad;                  /* [width] */
 
+    /* What the tiles at hand add to the gradients of regions, kept apart (rows.inc.h). */
+    bool keeps_apart;
+    int32_t aparts;                              /* rows kept so far */
+    int32_t *apart_region;                       /* [apart] */
+    REAL *apart_key, *apart_value, *apart_bias; /* [apart][D], [apart][Dv], [apart] */
+
     /* Copies of rows: widened, padded to whole pairs, or made contiguous. */
     REAL *query_copy, *grad_copy; /* [64][D], [64][Dv] */
     REAL *key_copy, *value_copy;  /* [CHUNK][D], [CHUNK][Dv] */
@@ -103,7 +109,7 @@ static cmb_scratch *take_scratch(cmb_arena *arena, const cmb_scratch_use *use, c
     cmb_scratch *scratch = cmb_take(arena, 1, sizeof s);
     const size_t r = sizeof(REAL), p = sizeof(void *), d = (size_t)use->D, dv = (size_t)use->Dv, n = (size_t)use->N,
                  c = (size_t)use->children, queries = (size_t)use->queries, keys = (size_t)use->keys,
-                 widest = d > dv ? d : dv;
+                 apart = (size_t)use->apart, widest = d > dv ? d : dv;
     s.packed = cmb_take(arena, d * CMB_TILE, r);
     s.sum = cmb_take(arena, CMB_TILE * (dv + d + use->biased), r);
     s.softmax_state = cmb_take(arena, 4 * CMB_TILE, r);
@@ -157,6 +163,10 @@ static cmb_scratch *take_scratch(cmb_arena *arena, const cmb_scratch_use *use, c
         s.own_key_grad = cmb_take(arena, keys, d * r);
         s.own_value_grad = cmb_take(arena, keys, dv * r);
         s.child_grad = cmb_take(arena, c, p);
+        s.apart_region = cmb_take(arena, apart, sizeof(int32_t));
+        s.apart_key = cmb_take(arena, apart, d * r);
+        s.apart_value = cmb_take(arena, apart, dv * r);
+        s.apart_bias = cmb_take(arena, use->biased ? apart : 0, r);
     }
     if (format && format->gemm) {
         enum { PAIRS = CHUNK / 2, LANE_PAIRS = CMB_TILE / 2 };

@@ -22,6 +22,15 @@ typedef struct {
     int64_t count, dim;
 } cmb_rows;
 
+/* The gradients of one head. */
+typedef struct {
+    cmb_rows query, key, value;
+    cmb_rows region_query, region_key, region_value;
+    cmb_rows key_bias, region_bias; /* data is NULL where there are no such biases */
+    cmb_rows sink;                  /* [1] for every query, whose sum is the gradient of the sink */
+    cmb_rows out, lse;              /* lse.data may be NULL */
+} cmb_gradient_rows;
+
 /* One query head of one segment of a problem. Arrays of regions have row r for table row L + r,
  * but where query_row, key_row or value_row say otherwise.
  *
@@ -66,13 +75,7 @@ typedef struct {
      * with. Without data each query has one tile, which writes or adds to `out`. */
     cmb_rows result;
 
-    struct {
-        cmb_rows query, key, value;
-        cmb_rows region_query, region_key, region_value;
-        cmb_rows key_bias, region_bias; /* data is NULL where there are no such biases */
-        cmb_rows sink;                  /* [1] for every query, whose sum is the gradient of the sink */
-        cmb_rows out, lse;              /* lse.data may be NULL */
-    } grad;
+    cmb_gradient_rows grad;
 } cmb_head;
 
 /* One worker's memory: a tile's packed queries, logits and sums, and a task's scratch rows. */
@@ -86,6 +89,7 @@ typedef struct {
     int64_t queries;  /* q_R that a task pools for itself, at most */
     int64_t keys;     /* the same of k_R */
     int64_t children; /* children of a pool step, at most */
+    int64_t apart;    /* regions that the tiles of a task attend, counted for each tile; 0: none is kept apart */
     bool dropout, softcap, biased, backward;
 } cmb_scratch_use;
 
@@ -105,6 +109,10 @@ typedef struct {
     void (*pool_own)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
     /* Backward, after a task's tiles. `item`: NULL, or where workers share the head what has entered for these rows. */
     void (*pool_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_item *item);
+    /* Backward, where workers share a head: what tiles add to the gradients of regions is kept apart from now on; and is
+     * added to them, tile by tile. So the tiles of two tasks that attend the same regions may run at once. */
+    void (*keep_apart)(cmb_scratch *scratch);
+    void (*add_apart)(const cmb_head *head, cmb_scratch *scratch);
     /* `ahead`: the tile that this worker takes next, to be prefetched; or -1. */
     void (*tile)(const cmb_head *head, int32_t tile, int32_t ahead, cmb_scratch *scratch);
     /* `item` as for pool_backward. */
@@ -134,7 +142,8 @@ typedef struct {
     void (*sum_sink)(const cmb_head *head, void *sum);
     /* to = the sum of n elements. */
     void (*add_up)(int64_t n, const void *from, int64_t step, void *to);
-    /* Zeros the block's rows. */
+    /* Zeros the row, or the block's rows. */
+    void (*zero_row)(cmb_rows rows, int64_t x);
     void (*zero_block)(cmb_rows rows, int64_t block);
     /* Adds n of the caller's rows to gradients; if `softmax` has data, only rows that attend something. */
     void (*add)(int64_t n, int64_t dim, cmb_rows softmax, cmb_rows from, cmb_rows to, const cmb_scratch *scratch);

@@ -394,7 +394,7 @@ static void scratch_of_an_isa(void) {
         for (int isa = 0; isa < cmb_isa_count(); isa++) {
             cmb_arena arena = {0};
             CHECK(cmb_set_isa(cmb_isa_name(isa), NULL) == CMB_OK);
-            const cmb_scratch_use use = {asked, 64, 64, 3, 2, 4, 5, true, false, false, true};
+            const cmb_scratch_use use = {asked, 64, 64, 3, 2, 4, 5, 6, true, false, false, true};
             cmb_stages_bf16()->scratch(&arena, &use, NULL, 0);
             CHECK(isa == 0 || arena.used == bytes[n]);
             bytes[n] = arena.used;

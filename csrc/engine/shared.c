@@ -1,0 +1,483 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Backward of a head that all workers compute together, with the bits of one worker: its items add to each gradient row
+ * in the order in which one worker would (runtime/tickets.h). There are two kinds of items.
+ *
+ * By task, where the tasks of the plan meet in regions alone, as those of Fixed, LogSparse and Tree do. An item is a
+ * task that attends, with the tasks behind it that do not, since these read what it adds. What its tiles add to the
+ * gradients of regions is kept apart, so that it waits for the items before it only once:
+ *
+ *     worker 0   | tiles of span 9       |add| pools |  tiles of span 7 ..
+ *     worker 1      | tiles of span 8        |add| pools |  tiles of span 6 ..
+ *
+ * By tile, where tasks attend the same positions, as those of Dense, Window and Axial do. An item is a tile or a task's
+ * pools. A tile waits for rows a few at a time, so that tiles over the same rows follow one another.
+ */
+#include "engine/call.h"
+
+#include <string.h>
+
+/* ---- which kind, and how much memory ------------------------------------------------------------ */
+
+static bool is_of_positions(const cmb_plan *plan, int32_t tile) {
+    return cmb_list_at(plan, plan->tile[tile].query, 0) < plan->L;
+}
+
+/* Whether a task has tiles of positions: then its last tile is one, where all tiles of regions come first. */
+static bool attends(const cmb_plan *plan, int32_t task) {
+    const int32_t end = plan->task[task + 1].tile;
+    return end > plan->task[task].tile && is_of_positions(plan, end - 1);
+}
+
+/* Widens *range to the positions of the list. Returns how many regions the list has. */
+static int64_t meet_rows(const cmb_plan *plan, cmb_list list, cmb_row_range *range) {
+    int64_t regions = 0;
+    if (cmb_are_positions(plan, list)) {
+        const cmb_row_range it = cmb_list_range(list);
+        *range = (cmb_row_range){cmb_min(range->low, it.low), cmb_max(range->high, it.high)};
+        return 0;
+    }
+    for (int32_t n = 0; n < list.count; n++) {
+        const int64_t x = cmb_list_at(plan, list, n);
+        regions += x >= plan->L;
+        if (x < plan->L)
+            *range = (cmb_row_range){cmb_min(range->low, x), cmb_max(range->high, x)};
+    }
+    return regions;
+}
+
+/* Whether each task's queries, and the positions that they attend, lie behind those of the task before, and its tiles
+ * of positions behind those of regions. Counts the regions that a task's queries attend, once for each tile. */
+static bool do_tasks_meet_in_regions(const cmb_plan *plan, int64_t *most) {
+    enum { MOST = 2048 }; /* 1 MiB of 64 features in float32: sums that are kept apart should stay in the cache */
+    int64_t end = 0;
+    for (int32_t task = 0; task < plan->tasks; task++) {
+        cmb_row_range range = {plan->L, -1};
+        int64_t regions = 0;
+        for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++) {
+            if (!is_of_positions(plan, tile)) {
+                if (range.high >= 0)
+                    return false;
+                continue;
+            }
+            meet_rows(plan, plan->tile[tile].query, &range);
+            for (int32_t run = plan->tile[tile].run; run < plan->tile[tile + 1].run; run++)
+                regions += meet_rows(plan, plan->run[run].row, &range);
+        }
+        if (range.low < end || regions > MOST)
+            return false;
+        end = cmb_max(end, range.high + 1);
+        *most = cmb_max(*most, regions);
+    }
+    return true;
+}
+
+/* Tickets of a task's tiles and pools together; or the most that one of these takes. */
+static int64_t count_tickets(const cmb_plan *plan, int32_t task, bool together) {
+    int64_t most = 0, rows = 0;
+    for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++) {
+        rows = (together ? rows : 0) + 2 * (int64_t)plan->tile[tile].query.count;
+        for (int32_t run = plan->tile[tile].run; run < plan->tile[tile + 1].run; run++)
+            rows += plan->run[run].row.count;
+        most = cmb_max(most, rows);
+    }
+    rows = together ? rows : 0;
+    for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++)
+        rows += 2 * (1 + (int64_t)plan->pool[p].child.count);
+    return cmb_max(most, rows);
+}
+
+/* Whether an item by task ends before this one. */
+static bool begins_item(const cmb_plan *plan, int32_t task) {
+    return !plan->traits.is_fusible || attends(plan, task);
+}
+
+/* Tickets that an item takes at most. */
+static int64_t most_tickets(const cmb_plan *plan, bool by_task) {
+    int64_t most = 0, rows = 0;
+    for (int32_t t = cmb_longest_wave(plan) - 1; t >= 0; t--)
+        for (int32_t wave = plan->waves - 1; wave >= 0; wave--) {
+            const int32_t task = plan->wave[wave] + t;
+            if (t >= cmb_tasks_in(plan, wave))
+                continue;
+            rows = (by_task && !begins_item(plan, task) ? rows : 0) + count_tickets(plan, task, by_task);
+            most = cmb_max(most, rows);
+        }
+    return most;
+}
+
+void cmb_plan_shared(cmb_call *call) {
+    const cmb_problem *p = call->problem;
+    bool by_task = !call->are_heads_lanes;
+    int64_t apart = 0, tickets = 0;
+    for (int64_t i = 0; i < p->plans; i++)
+        by_task = by_task && do_tasks_meet_in_regions(p->plan[i], &apart);
+    for (int64_t i = 0; i < p->plans; i++)
+        tickets = cmb_max(tickets, most_tickets(p->plan[i], by_task));
+    call->backward.by_task = by_task;
+    call->backward.max_apart = by_task ? apart : 0;
+    call->backward.max_tickets = tickets;
+}
+
+/* Whether row x is a scratch row, or its q_R or k_R lies in the worker's scratch: `place` is query_row or key_row. */
+static bool is_own(const cmb_plan *plan, const int32_t *place, int64_t x) {
+    return x >= plan->L + plan->R || (x >= plan->L && place && place[x - plan->L] < 0);
+}
+
+/* ---- tickets ------------------------------------------------------------------------------------ */
+
+/* Which rows of a list take part. */
+typedef enum { POSITIONS = 1, REGIONS = 2, ALL = 3 } some_rows;
+
+/* Takes tickets for the list's rows but for those that are the worker's own. */
+static void take_rows(const cmb_head *head, cmb_list list, some_rows which, cmb_row_kind kind, cmb_item *item) {
+    const cmb_plan *plan = head->plan;
+    const int32_t *place = kind == CMB_KEY_ROWS ? head->key_row : head->query_row;
+    if (cmb_are_positions(plan, list)) {
+        if (which & POSITIONS)
+            cmb_take_tickets(item, kind, list.start, list.step, list.count);
+        return;
+    }
+    if (list.step && !place && which == ALL && cmb_list_range(list).high < plan->L + plan->R) {
+        cmb_take_tickets(item, kind, list.start, list.step, list.count);
+        return;
+    }
+    for (int32_t n = 0; n < list.count; n++) {
+        const int32_t x = cmb_list_at(plan, list, n);
+        if (which & (x < plan->L ? POSITIONS : REGIONS) && !is_own(plan, place, x))
+            cmb_take_tickets(item, kind, x, 1, 1);
+    }
+}
+
+static void take_attended(const cmb_head *head, int32_t tile, some_rows which, cmb_item *item) {
+    const cmb_plan *plan = head->plan;
+    for (int32_t run = plan->tile[tile].run; run < plan->tile[tile + 1].run; run++)
+        take_rows(head, plan->run[run].row, which, CMB_KEY_ROWS, item);
+}
+
+/* A region's own key row holds its summary's gradient. */
+static void take_queries(const cmb_head *head, int32_t tile, cmb_item *item) {
+    const cmb_list query = head->plan->tile[tile].query;
+    take_rows(head, query, ALL, CMB_QUERY_ROWS, item);
+    if (!is_of_positions(head->plan, tile))
+        take_rows(head, query, ALL, CMB_KEY_ROWS, item);
+}
+
+/* Of each pool step the region and its children; of a pick the one child that was picked. */
+static void take_pools(const cmb_head *head, int32_t task, cmb_item *item) {
+    const cmb_plan *plan = head->plan;
+    const bool picks = plan->pooling == CMB_POOL_FIRST;
+    for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++) {
+        const cmb_pool *pool = &plan->pool[p];
+        for (int32_t n = -1; n < (picks ? 1 : pool->child.count); n++) {
+            int32_t x = n < 0 ? pool->row : cmb_list_at(plan, pool->child, n);
+            if (n == 0 && picks && pool->row < head->L + plan->R)
+                x = head->pick[pool->row - head->L];
+            take_rows(head, cmb_list_make(x, 1, 1), ALL, CMB_QUERY_ROWS, item);
+            take_rows(head, cmb_list_make(x, 1, 1), ALL, CMB_KEY_ROWS, item);
+        }
+    }
+}
+
+/* ---- by tile ------------------------------------------------------------------------------------ */
+
+static void zero_block_of(const cmb_call *call, const cmb_head *head, int64_t block) {
+    const cmb_gradient_rows *g = &head->grad;
+    const cmb_rows *const rows[] = {&g->query,      &g->key,          &g->value,    &g->region_query,
+                                    &g->region_key, &g->region_value, &g->key_bias, &g->region_bias};
+    for (size_t n = 0; n < sizeof rows / sizeof *rows; n++)
+        if (rows[n]->unzeroed && block < cmb_blocks(rows[n]->count) && rows[n]->unzeroed[block])
+            call->stage->zero_block(*rows[n], block);
+}
+
+/* Zeroes a block of each gradient: here no item may be the first to touch a block, since items overlap. The lanes of
+ * one key head share some of the gradients. */
+static void zero_shared(void *context, int64_t index, int worker) {
+    const cmb_call *call = context;
+    const cmb_slot *slot = &call->slot[index % call->backward.shared * call->lanes];
+    (void)worker;
+    for (int h = 0; h < call->lanes; h++)
+        zero_block_of(call, &slot[h].head, index / call->backward.shared);
+}
+
+/* Items are numbered in the order of one worker: of the last task the last tile to the first one, then its pools; and
+ * so on to the first task. first_item counts the other way, from the first task: a task's pools, then its tiles. With
+ * lanes these are the items of the last head, then those of the head before it, up to the first one; and then come the
+ * tiles once more, for all heads. Of the two items that a tile has for a head, one does nothing. */
+static void number_tiles(const cmb_call *call, const cmb_slot *slot, cmb_sharing *sharing) {
+    const cmb_plan *plan = slot->head.plan;
+    sharing->items = 0;
+    for (int32_t i = 0; i < plan->tasks; i++) {
+        const cmb_task *task = &plan->task[slot->order[i]];
+        sharing->first_item[i] = sharing->items;
+        sharing->items += (int32_t)cmb_count_items(call, 1, task[1].tile - task[0].tile);
+    }
+}
+
+/* The last i with first[i] <= at. */
+static int32_t find_task(const int32_t *first, int32_t tasks, int32_t at) {
+    int32_t i = 0, end = tasks;
+    while (end - i > 1) {
+        const int32_t middle = i + (end - i) / 2;
+        if (first[middle] <= at)
+            i = middle;
+        else
+            end = middle;
+    }
+    return i;
+}
+
+static void run_tile(const cmb_call *call, int64_t n, int32_t number, int worker) {
+    const cmb_slot *slot = &call->slot[n * call->lanes];
+    const cmb_plan *plan = slot->head.plan;
+    const cmb_sharing *sharing = &call->backward.sharing[n];
+    const int32_t *first = sharing->first_item, at = sharing->items - 1 - number;
+    cmb_item *item = &call->backward.item[worker];
+    CMB_ASSERT(at >= 0);
+    const int32_t i = find_task(first, plan->tasks, at), task = slot->order[i];
+    const int32_t tiles = plan->task[task + 1].tile - plan->task[task].tile, of_head = 1 + tiles;
+    const bool is_of_lanes = at - first[i] >= call->lanes * of_head;
+    const int32_t h = is_of_lanes ? 0 : call->lanes - 1 - (at - first[i]) / of_head;
+    const int32_t step = is_of_lanes ? 1 + at - first[i] - call->lanes * of_head : (at - first[i]) % of_head;
+    const cmb_head *head = &slot[h].head;
+    const int32_t tile = plan->task[task].tile + step - 1;
+    const bool is_tile = step > 0 && cmb_is_of_lanes(call, plan, tile) == is_of_lanes;
+    const bool is_pools = step == 0 && head->stages & CMB_SUMMARIZE;
+    if (!cmb_enter(item, number))
+        return;
+    if (is_tile) {
+        take_attended(head, tile, ALL, item);
+        item->held = item->count;
+        take_queries(head, tile, item);
+    } else if (is_pools) {
+        take_pools(head, task, item);
+    }
+    CMB_ASSERT(item->count <= call->backward.max_tickets);
+    cmb_entered(item);
+    if (is_tile && is_of_lanes)
+        cmb_run_tile_of_lanes(call, slot, tile, worker, item);
+    else if (is_tile)
+        call->stage->tile_backward(head, tile, -1, call->scratch[worker], item);
+    else if (is_pools)
+        call->stage->pool_backward(head, task, call->scratch[worker], item);
+    cmb_release_tickets(item, item->count);
+}
+
+/* ---- by task ------------------------------------------------------------------------------------ */
+
+static void zero_blocks(const cmb_call *call, cmb_rows rows) {
+    for (int64_t block = 0; rows.unzeroed && block < cmb_blocks(rows.count); block++)
+        if (rows.unzeroed[block])
+            call->stage->zero_block(rows, block);
+}
+
+/* Zeroes the gradients of biases. Leaves those of rows to the item that is the first to touch a row, whose worker then
+ * has the row in its cache: tiles and pools zero nothing. */
+static void begin_zeroing(const cmb_call *call, cmb_slot *slot) {
+    cmb_gradient_rows *g = &slot->head.grad;
+    zero_blocks(call, g->key_bias);
+    zero_blocks(call, g->region_bias);
+    slot->zeroed = *g;
+    g->query.unzeroed = g->key.unzeroed = g->value.unzeroed = NULL;
+    g->region_query.unzeroed = g->region_key.unzeroed = g->region_value.unzeroed = NULL;
+}
+
+static void zero_row(const cmb_call *call, cmb_rows rows, int64_t x) {
+    if (rows.unzeroed && rows.unzeroed[x / CMB_BLOCK_ROWS])
+        call->stage->zero_row(rows, x);
+}
+
+/* Zeroes the gradients that a lock guards, if they are to start from zero. */
+static void zero_gradients(const cmb_call *call, const cmb_slot *slot, int64_t lock, int64_t rows) {
+    const cmb_gradient_rows *g = &slot->zeroed;
+    const bool is_of_key = lock >= rows;
+    const int32_t *place = is_of_key ? slot->head.key_row : slot->head.query_row;
+    const int64_t x = lock % rows, r = x - slot->head.L, at = r >= 0 && place ? place[r] : r;
+    if (is_of_key) {
+        zero_row(call, r < 0 ? g->key : g->region_key, r < 0 ? x : at);
+        zero_row(call, r < 0 ? g->value : g->region_value, r < 0 ? x : at);
+    } else if (r >= 0 || x < slot->head.queries) {
+        zero_row(call, r < 0 ? g->query : g->region_query, r < 0 ? x : at);
+    }
+}
+
+/* Those that no item before has touched. */
+static void zero_first(const cmb_call *call, const cmb_slot *slot, const cmb_item *item) {
+    for (int64_t n = 0; n < item->count; n++)
+        if (item->ticket[n].number == 0)
+            zero_gradients(call, slot, item->ticket[n].row, item->tickets->rows);
+}
+
+static void clear_blocks(cmb_rows rows) {
+    if (rows.unzeroed)
+        memset(rows.unzeroed, 0, (size_t)cmb_blocks(rows.count));
+}
+
+/* After the last item: those that no item has touched. Then no block is left to be zeroed. */
+static void end_zeroing(const cmb_call *call, const cmb_slot *slot, const cmb_tickets *tickets) {
+    const cmb_gradient_rows *g = &slot->zeroed;
+    for (int64_t lock = 0; lock < 2 * tickets->rows; lock++) {
+        const int32_t *place = lock < tickets->rows ? slot->head.query_row : slot->head.key_row;
+        if (tickets->dispenser[lock].next == 0 && !is_own(slot->head.plan, place, lock % tickets->rows))
+            zero_gradients(call, slot, lock, tickets->rows);
+    }
+    clear_blocks(g->query);
+    clear_blocks(g->key);
+    clear_blocks(g->value);
+    clear_blocks(g->region_query);
+    clear_blocks(g->region_key);
+    clear_blocks(g->region_value);
+}
+
+/* In the order of one worker, which is that of cmb_slot.order from its end. */
+static void number_tasks(const cmb_slot *slot, cmb_sharing *sharing) {
+    const cmb_plan *plan = slot->head.plan;
+    sharing->items = 0;
+    for (int32_t i = plan->tasks - 1; i >= 0; i--)
+        if (sharing->items == 0 || begins_item(plan, slot->order[i]))
+            sharing->first_item[sharing->items++] = i;
+    sharing->first_item[sharing->items] = -1;
+}
+
+/* The rows that a task's tiles of positions read and add to, but for the regions. */
+static void take_for_positions(const cmb_head *head, int32_t task, cmb_item *item) {
+    const cmb_plan *plan = head->plan;
+    for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++)
+        if (is_of_positions(plan, tile)) {
+            take_attended(head, tile, POSITIONS, item);
+            take_queries(head, tile, item);
+        }
+}
+
+/* The rows that sums kept apart are added to, and those of a task's tiles of regions and pools. */
+static void take_for_regions(const cmb_head *head, int32_t task, cmb_item *item) {
+    const cmb_plan *plan = head->plan;
+    for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++) {
+        take_attended(head, tile, is_of_positions(plan, tile) ? REGIONS : ALL, item);
+        if (!is_of_positions(plan, tile))
+            take_queries(head, tile, item);
+    }
+    if (head->stages & CMB_SUMMARIZE)
+        take_pools(head, task, item);
+}
+
+/* False where the call is cancelled. */
+static bool run_task(const cmb_call *call, const cmb_head *head, int32_t task, cmb_item *item, int worker) {
+    const cmb_plan *plan = head->plan;
+    cmb_scratch *scratch = call->scratch[worker];
+    int32_t tile = plan->task[task + 1].tile - 1;
+    call->stage->pool_own(head, task, scratch);
+    call->stage->keep_apart(scratch);
+    for (; tile >= plan->task[task].tile && is_of_positions(plan, tile); tile--)
+        call->stage->tile_backward(head, tile, cmb_counterpart(plan, tile, task, task - 1), scratch, NULL);
+    if (cmb_cancelled(call->cancel, worker) || !cmb_await_tickets(item, item->held, item->count))
+        return false;
+    call->stage->add_apart(head, scratch);
+    for (; tile >= plan->task[task].tile; tile--)
+        call->stage->tile_backward(head, tile, -1, scratch, NULL);
+    if (head->stages & CMB_SUMMARIZE)
+        call->stage->pool_backward(head, task, scratch, NULL);
+    return !cmb_cancelled(call->cancel, worker);
+}
+
+static void run_tasks(const cmb_call *call, int64_t n, int32_t number, int worker) {
+    const cmb_slot *slot = &call->slot[n];
+    const int32_t *first = &call->backward.sharing[n].first_item[number];
+    cmb_item *item = &call->backward.item[worker];
+    if (!cmb_enter(item, number))
+        return;
+    take_for_positions(&slot->head, slot->order[first[0]], item);
+    item->held = item->count;
+    for (int32_t i = first[0]; i > first[1]; i--)
+        take_for_regions(&slot->head, slot->order[i], item);
+    item->repeats = false; /* the item waits for all rows at once, first those up to `held` */
+    CMB_ASSERT(item->count <= call->backward.max_tickets);
+    cmb_entered(item);
+    zero_first(call, slot, item);
+    if (!cmb_await_tickets(item, 0, item->held))
+        return;
+    for (int32_t i = first[0]; i > first[1]; i--)
+        if (!run_task(call, &slot->head, slot->order[i], item, worker))
+            return;
+    cmb_release_tickets(item, item->count);
+}
+
+/* ---- all items of the shared heads -------------------------------------------------------------- */
+
+static void begin_shared(void *context, int64_t n, int worker) {
+    const cmb_call *call = context;
+    const cmb_problem *p = call->problem;
+    cmb_slot *slot = &call->slot[n * call->lanes];
+    cmb_sharing *sharing = &call->backward.sharing[n];
+    cmb_head_id id = cmb_head_number(call, call->heads - call->backward.shared + n, p->Hk);
+    id.h = id.h * (p->Hq / p->Hk) + call->backward.group_head;
+    for (int h = 0; h < call->lanes; h++, id.h++)
+        cmb_begin_backward(call, &slot[h], id, worker);
+    if (call->backward.by_task) {
+        begin_zeroing(call, slot);
+        number_tasks(slot, sharing);
+    } else {
+        number_tiles(call, slot, sharing);
+    }
+    cmb_begin_tickets(&sharing->tickets, slot->head.L + slot->head.R);
+}
+
+static void pool_shared(void *context, int64_t index, int worker) {
+    const cmb_call *call = context;
+    const int64_t heads = call->backward.shared * call->lanes, t = index / heads;
+    const cmb_head *head = &call->slot[index % heads].head;
+    if (t < cmb_tasks_in(head->plan, call->backward.wave))
+        call->stage->pool(head, head->plan->wave[call->backward.wave] + (int32_t)t, call->scratch[worker]);
+}
+
+static void pool_waves(cmb_call *call) {
+    const int64_t shared = call->backward.shared;
+    for (int32_t wave = 0; wave < call->waves; wave++) {
+        int64_t longest = 0;
+        for (int64_t n = 0; n < shared; n++)
+            longest = cmb_max(longest, cmb_tasks_in(call->slot[n * call->lanes].head.plan, wave));
+        call->backward.wave = wave;
+        cmb_parallel_for(shared * call->lanes * longest, call->workers, pool_shared, call, call->cancel);
+    }
+}
+
+/* Workers begin with different heads. A worker that finds all items of a head claimed helps with the next head. */
+static void run_items(void *context, int64_t index, int worker) {
+    const cmb_call *call = context;
+    for (int64_t n = 0; n < call->backward.shared; n++) {
+        const int64_t at = (index + n) % call->backward.shared;
+        cmb_sharing *sharing = &call->backward.sharing[at];
+        int32_t number;
+        call->backward.item[worker].tickets = &sharing->tickets;
+        while (!cmb_cancelled(call->cancel, worker) &&
+               (number = atomic_fetch_add(&sharing->tickets.claimed, 1)) < sharing->items)
+            (call->backward.by_task ? run_tasks : run_tile)(call, at, number, worker);
+    }
+}
+
+static void end_shared(void *context, int64_t n, int worker) {
+    const cmb_call *call = context;
+    const cmb_slot *slot = &call->slot[n * call->lanes];
+    if (call->backward.by_task)
+        end_zeroing(call, slot, &call->backward.sharing[n].tickets);
+    for (int h = 0; h < call->lanes; h++)
+        cmb_end_gradients(call, &slot[h], worker);
+}
+
+void cmb_run_shared(cmb_call *call) {
+    const int64_t shared = call->backward.shared, group = call->problem->Hq / call->problem->Hk;
+    const int64_t blocks = cmb_blocks(cmb_max(call->L, call->R));
+    for (int64_t h = 0; h < group; h += call->lanes) {
+        call->backward.group_head = h;
+        cmb_parallel_for(shared, call->workers, begin_shared, call, call->cancel);
+        if (cmb_cancelled(call->cancel, 0)) /* some slots hold no head */
+            return;
+        if (!call->backward.by_task)
+            cmb_parallel_for(shared * blocks, call->workers, zero_shared, call, call->cancel);
+        pool_waves(call);
+        cmb_parallel_for(call->workers, call->workers, run_items, call, call->cancel);
+        if (cmb_cancelled(call->cancel, 0)) /* sums are incomplete */
+            return;
+        cmb_parallel_for(shared, call->workers, end_shared, call, call->cancel);
+    }
+}
