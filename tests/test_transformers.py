@@ -16,7 +16,7 @@ with warnings.catch_warnings():  # of its own dependencies
     from transformers.masking_utils import flash_attention_mask
 
     import combiner.transformers
-from transformers_problems import MASKS, VOCABULARY, L, bert, close, gpt2, llama, logits, make, masked, tokens  # noqa: E402
+from transformers_problems import FLOAT32, MASKS, VOCABULARY, L, bert, close, gpt2, llama, logits, make, masked, tokens  # noqa: E402
 
 # ----  --------------------------------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ def test_dense_in_float32():
     made, ids = make(llama, Dense()).float(), tokens(3, L)
     actual = logits(made, ids)
     made.set_attn_implementation("sdpa")
-    close(actual, logits(made, ids), 1e-5)
+    close(actual, logits(made, ids), FLOAT32)
 
 
 def test_bfloat16():

@@ -18,7 +18,7 @@ with warnings.catch_warnings():  # of its own dependencies
     from transformers import DynamicCache
 
     import combiner.transformers
-from transformers_problems import MASKS, L, close, logits, make, masked, small, tokens  # noqa: E402
+from transformers_problems import FLOAT32, MASKS, L, close, logits, make, masked, small, tokens  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,7 +59,7 @@ def test_loss_and_all_gradients(length, kinds):
     """In float32, in which the model computes its gates and norms: 1e-7, after two layers with weights about 1."""
     made, ids = make(lambda: deepseek_v4(kinds), Dense()).float(), tokens(2, length)
     (out, found), (expected, gradients) = losses_and_gradients(made, ids)
-    close(out, expected, 1e-5)
+    close(out, expected, FLOAT32)
     assert set(found) == set(gradients)
     shortest = min(RATE if kind == HEAVY[1] else SPARSE_RATE for kind in kinds if kind != HEAVY[0])
     assert any("sinks" in n for n in gradients) and any("compressor" in n for n in gradients) == (length >= shortest)
@@ -71,7 +71,7 @@ def test_loss_and_all_gradients(length, kinds):
 def test_gradients_beside_padding(kinds):
     made, ids = make(lambda: deepseek_v4(kinds), Dense()).float(), tokens(3, L)
     (out, found), (expected, gradients) = losses_and_gradients(made, ids, **masked("holes"))
-    close(out, expected, 1e-5)
+    close(out, expected, FLOAT32)
     for n, exact in gradients.items():
         close(found[n], exact, 1e-4 * max(exact.abs().max().item(), 1e-3))
 
@@ -115,9 +115,9 @@ def test_several_tokens_after_a_past(kinds, bounds):
     """Parts that begin and end within a span, and with it; longer and shorter than the window."""
     made, ids = make(lambda: deepseek_v4(kinds), Dense()).float(), tokens(2, L)
     found = in_parts(made, ids, bounds)
-    close(found, logits(made, ids, use_cache=False), 1e-5)
+    close(found, logits(made, ids, use_cache=False), FLOAT32)
     made.set_attn_implementation("eager")
-    close(found, in_parts(made, ids, bounds), 1e-5)
+    close(found, in_parts(made, ids, bounds), FLOAT32)
 
 
 @every_kind
@@ -135,7 +135,7 @@ def test_padding(kinds, name, has_positions):
         each = logits(made, ids, **options), in_parts(made, ids, (0, 14, 15, L), **options)
         found.append([x[MASKS[name]] for x in each])
     for x, expected in zip(*found, strict=True):
-        close(x, expected, 1e-5)
+        close(x, expected, FLOAT32)
 
 
 def test_packed_sequences_are_refused():

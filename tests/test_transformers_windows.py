@@ -20,7 +20,7 @@ with warnings.catch_warnings():  # of its own dependencies
 
     import combiner.transformers
 from fresh import run_file  # noqa: E402
-from transformers_problems import MASKS, L, close, greedy, logits, make, masked, own_logits, small, tokens  # noqa: E402
+from transformers_problems import FLOAT32, MASKS, L, close, greedy, logits, make, masked, own_logits, small, tokens  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_eager_attention(model, mask):
         out = made(ids, **masked(mask)).logits[MASKS[mask]]
         torch.nn.functional.cross_entropy(out, ids[MASKS[mask]]).backward()
         found[name] = out.detach(), [x.grad.clone() for x in made.parameters()]
-    close(found["combiner"][0], found["eager"][0], 1e-5)
+    close(found["combiner"][0], found["eager"][0], FLOAT32)
     for actual, expected in zip(found["combiner"][1], found["eager"][1], strict=True):
         close(actual, expected, 1e-4 * expected.abs().max().item())
 
@@ -142,7 +142,7 @@ def test_cached_logits_with_softcaps_and_sinks(model, pattern):
     cache = DynamicCache(config=made.config)
     parts = itertools.pairwise((0, 9, 10, 16, L))
     found = [logits(made, ids[:, first:end], cache=cache) for first, end in parts]
-    close(torch.cat(found, 1), logits(made, ids, use_cache=False), 1e-5)
+    close(torch.cat(found, 1), logits(made, ids, use_cache=False), FLOAT32)
 
 
 def test_a_cache_without_layer_types_serves_windows():

@@ -82,6 +82,11 @@ def logits(model, ids, **options) -> torch.Tensor:
     return model(ids, **options).logits
 
 
+# Of float32, where 6e-8 grows to 1e-5 (1.1e-5 on a processor where PyTorch adds in another order). A wrong mask or
+# position moves logits, which are about 1, by more than 1e-2.
+FLOAT32 = 1e-4
+
+
 def close(actual: torch.Tensor, expected: torch.Tensor, within: float = 1e-9) -> None:
     """float64 through two layers of weights about 1: 1e-16 grows to 1e-12 at most."""
     assert actual.shape == expected.shape

@@ -88,9 +88,7 @@ static int64_t count_tickets(const cmb_plan *plan, int32_t task, bool together) 
 }
 
 /* Whether an item by task ends before this one. */
-static bool begins_item(const cmb_plan *plan, int32_t task) {
-    return !plan->traits.is_fusible || attends(plan, task);
-}
+static bool begins_item(const cmb_plan *plan, int32_t task) { return !plan->traits.is_fusible || attends(plan, task); }
 
 /* Tickets that an item takes at most. */
 static int64_t most_tickets(const cmb_plan *plan, bool by_task) {

@@ -168,8 +168,8 @@ static inline REAL *bias_grad_of(const cmb_head *head, int64_t x) {
 
 /* ---- gradients of regions, kept apart ----------------------------------------------------------- */
 
-/* A tile's sum over its queries is added to a gradient row once. So it may be kept, and be added later, without a change
- * of bits: a row of zeros takes the place of the region's. */
+/* A tile's sum over its queries is added to a gradient row once. So it may be kept, and be added later, without a
+ * change of bits: a row of zeros takes the place of the region's. */
 
 static void keep_apart(cmb_scratch *w) {
     w->keeps_apart = true;

@@ -71,8 +71,8 @@ struct cmb_scratch {
 
     /* What the tiles at hand add to the gradients of regions, kept apart (rows.inc.h). */
     bool keeps_apart;
-    int32_t aparts;                              /* rows kept so far */
-    int32_t *apart_region;                       /* [apart] */
+    int32_t aparts;                             /* rows kept so far */
+    int32_t *apart_region;                      /* [apart] */
     REAL *apart_key, *apart_value, *apart_bias; /* [apart][D], [apart][Dv], [apart] */
 
     /* Copies of rows: widened, padded to whole pairs, or made contiguous. */

@@ -109,8 +109,8 @@ typedef struct {
     void (*pool_own)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
     /* Backward, after a task's tiles. `item`: NULL, or where workers share the head what has entered for these rows. */
     void (*pool_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_item *item);
-    /* Backward, where workers share a head: what tiles add to the gradients of regions is kept apart from now on; and is
-     * added to them, tile by tile. So the tiles of two tasks that attend the same regions may run at once. */
+    /* Backward, where workers share a head: what tiles add to the gradients of regions is kept apart from now on; and
+     * is added to them, tile by tile. So the tiles of two tasks that attend the same regions may run at once. */
     void (*keep_apart)(cmb_scratch *scratch);
     void (*add_apart)(const cmb_head *head, cmb_scratch *scratch);
     /* `ahead`: the tile that this worker takes next, to be prefetched; or -1. */
