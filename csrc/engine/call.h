@@ -109,10 +109,12 @@ typedef struct {
         bool by_task;         /* of the two kinds of items in shared.c */
         cmb_item *item;       /* [workers] */
         int64_t max_tickets;  /* that an item takes */
-        int64_t max_apart;    /* by task: regions that a task's queries attend, counted for each tile */
-        int64_t group_head;   /* the query head at hand, or the first of `lanes`, counted within its group */
-        int32_t wave;         /* the wave whose pools are at hand */
-        void *sink; /* [B, components, segments, Hq] the gradient of each head's sink, where there are sinks */
+        /* By task: whether positions are kept apart too; rows that are kept apart, at most. */
+        bool are_positions_apart;
+        int64_t max_apart;
+        int64_t group_head; /* the query head at hand, or the first of `lanes`, counted within its group */
+        int32_t wave;       /* the wave whose pools are at hand */
+        void *sink;         /* [B, components, segments, Hq] the gradient of each head's sink, where there are sinks */
     } backward;
 } cmb_call;
 

@@ -29,47 +29,67 @@ static bool attends(const cmb_plan *plan, int32_t task) {
     return end > plan->task[task].tile && is_of_positions(plan, end - 1);
 }
 
+static void widen(cmb_row_range *range, cmb_row_range by) {
+    *range = (cmb_row_range){cmb_min(range->low, by.low), cmb_max(range->high, by.high)};
+}
+
 /* Widens *range to the positions of the list. Returns how many regions the list has. */
 static int64_t meet_rows(const cmb_plan *plan, cmb_list list, cmb_row_range *range) {
     int64_t regions = 0;
     if (cmb_are_positions(plan, list)) {
-        const cmb_row_range it = cmb_list_range(list);
-        *range = (cmb_row_range){cmb_min(range->low, it.low), cmb_max(range->high, it.high)};
+        widen(range, cmb_list_range(list));
         return 0;
     }
     for (int32_t n = 0; n < list.count; n++) {
         const int64_t x = cmb_list_at(plan, list, n);
         regions += x >= plan->L;
         if (x < plan->L)
-            *range = (cmb_row_range){cmb_min(range->low, x), cmb_max(range->high, x)};
+            widen(range, (cmb_row_range){x, x});
     }
     return regions;
 }
 
-/* Whether each task's queries, and the positions that they attend, lie behind those of the task before, and its tiles
- * of positions behind those of regions. Counts the regions that a task's queries attend, once for each tile. */
-static bool do_tasks_meet_in_regions(const cmb_plan *plan, int64_t *most) {
-    enum { MOST = 2048 }; /* 1 MiB of 64 features in float32: sums that are kept apart should stay in the cache */
-    int64_t end = 0;
-    for (int32_t task = 0; task < plan->tasks; task++) {
-        cmb_row_range range = {plan->L, -1};
-        int64_t regions = 0;
-        for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++) {
-            if (!is_of_positions(plan, tile)) {
-                if (range.high >= 0)
-                    return false;
-                continue;
-            }
-            meet_rows(plan, plan->tile[tile].query, &range);
-            for (int32_t run = plan->tile[tile].run; run < plan->tile[tile + 1].run; run++)
-                regions += meet_rows(plan, plan->run[run].row, &range);
+/* What the tiles of a task touch, those of positions or those of regions. */
+typedef struct {
+    cmb_row_range range;   /* positions; the lowest is L if there are none */
+    int64_t rows, regions; /* attended, counted for each tile */
+} touched;
+
+static touched what_tiles_touch(const cmb_plan *plan, int32_t task, bool of_positions) {
+    touched it = {.range = {plan->L, -1}};
+    for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++) {
+        if (is_of_positions(plan, tile) != of_positions)
+            continue;
+        meet_rows(plan, plan->tile[tile].query, &it.range);
+        for (int32_t run = plan->tile[tile].run; run < plan->tile[tile + 1].run; run++) {
+            it.regions += meet_rows(plan, plan->run[run].row, &it.range);
+            it.rows += plan->run[run].row.count;
         }
-        if (range.low < end || regions > MOST)
-            return false;
-        end = cmb_max(end, range.high + 1);
-        *most = cmb_max(*most, regions);
     }
-    return true;
+    return it;
+}
+
+/* Whether the tiles of positions of every task lie behind those of regions, and touch positions behind those of the
+ * task before: then they meet in regions alone. Sets whether the tiles of regions of several tasks touch a position, as
+ * in LogSparse, and the most rows that are kept apart. */
+static bool do_tasks_meet_in_regions(const cmb_plan *plan, bool *are_positions_apart, int64_t *most) {
+    enum { MOST = 2048 }; /* 1 MiB of 64 features in float32: what is kept apart should stay in the cache */
+    int64_t end = 0, summarized = 0, rows = 0, regions = 0;
+    for (int32_t task = 0; task < plan->tasks; task++) {
+        for (int32_t tile = plan->task[task].tile + 1; tile < plan->task[task + 1].tile; tile++)
+            if (is_of_positions(plan, tile - 1) && !is_of_positions(plan, tile))
+                return false;
+        const touched attended = what_tiles_touch(plan, task, true), members = what_tiles_touch(plan, task, false);
+        if (attended.range.low < end)
+            return false;
+        end = cmb_max(end, attended.range.high + 1);
+        *are_positions_apart |= members.range.low < summarized;
+        summarized = cmb_max(summarized, members.range.high + 1);
+        rows = cmb_max(rows, attends(plan, task) ? attended.rows + members.rows : 0);
+        regions = cmb_max(regions, attended.regions);
+    }
+    *most = cmb_max(*most, *are_positions_apart ? rows : regions);
+    return *most <= MOST;
 }
 
 /* Tickets of a task's tiles and pools together; or the most that one of these takes. */
@@ -106,13 +126,14 @@ static int64_t most_tickets(const cmb_plan *plan, bool by_task) {
 
 void cmb_plan_shared(cmb_call *call) {
     const cmb_problem *p = call->problem;
-    bool by_task = !call->are_heads_lanes;
+    bool by_task = !call->are_heads_lanes, are_positions_apart = false;
     int64_t apart = 0, tickets = 0;
     for (int64_t i = 0; i < p->plans; i++)
-        by_task = by_task && do_tasks_meet_in_regions(p->plan[i], &apart);
+        by_task = by_task && do_tasks_meet_in_regions(p->plan[i], &are_positions_apart, &apart);
     for (int64_t i = 0; i < p->plans; i++)
         tickets = cmb_max(tickets, most_tickets(p->plan[i], by_task));
     call->backward.by_task = by_task;
+    call->backward.are_positions_apart = are_positions_apart;
     call->backward.max_apart = by_task ? apart : 0;
     call->backward.max_tickets = tickets;
 }
@@ -280,8 +301,8 @@ static void begin_zeroing(const cmb_call *call, cmb_slot *slot) {
     g->region_query.unzeroed = g->region_key.unzeroed = g->region_value.unzeroed = NULL;
 }
 
-static void zero_row(const cmb_call *call, cmb_rows rows, int64_t x) {
-    if (rows.unzeroed && rows.unzeroed[x / CMB_BLOCK_ROWS])
+static void zero_row(const cmb_call *call, const cmb_rows *rows, int64_t x) {
+    if (rows->unzeroed && rows->unzeroed[x / CMB_BLOCK_ROWS])
         call->stage->zero_row(rows, x);
 }
 
@@ -290,12 +311,12 @@ static void zero_gradients(const cmb_call *call, const cmb_slot *slot, int64_t l
     const cmb_gradient_rows *g = &slot->zeroed;
     const bool is_of_key = lock >= rows;
     const int32_t *place = is_of_key ? slot->head.key_row : slot->head.query_row;
-    const int64_t x = lock % rows, r = x - slot->head.L, at = r >= 0 && place ? place[r] : r;
+    const int64_t x = lock % rows, r = x - slot->head.L, at = r < 0 ? x : place ? place[r] : r;
     if (is_of_key) {
-        zero_row(call, r < 0 ? g->key : g->region_key, r < 0 ? x : at);
-        zero_row(call, r < 0 ? g->value : g->region_value, r < 0 ? x : at);
+        zero_row(call, r < 0 ? &g->key : &g->region_key, at);
+        zero_row(call, r < 0 ? &g->value : &g->region_value, at);
     } else if (r >= 0 || x < slot->head.queries) {
-        zero_row(call, r < 0 ? g->query : g->region_query, r < 0 ? x : at);
+        zero_row(call, r < 0 ? &g->query : &g->region_query, at);
     }
 }
 
@@ -337,21 +358,23 @@ static void number_tasks(const cmb_slot *slot, cmb_sharing *sharing) {
     sharing->first_item[sharing->items] = -1;
 }
 
-/* The rows that a task's tiles of positions read and add to, but for the regions. */
-static void take_for_positions(const cmb_head *head, int32_t task, cmb_item *item) {
+/* The rows that a task's tiles of positions add to. */
+static void take_at_once(const cmb_call *call, const cmb_head *head, int32_t task, cmb_item *item) {
     const cmb_plan *plan = head->plan;
     for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++)
         if (is_of_positions(plan, tile)) {
-            take_attended(head, tile, POSITIONS, item);
             take_queries(head, tile, item);
+            if (!call->backward.are_positions_apart)
+                take_attended(head, tile, POSITIONS, item);
         }
 }
 
-/* The rows that sums kept apart are added to, and those of a task's tiles of regions and pools. */
-static void take_for_regions(const cmb_head *head, int32_t task, cmb_item *item) {
+/* The rows that what they keep apart is added to, and those of a task's tiles of regions and pools. */
+static void take_for_later(const cmb_call *call, const cmb_head *head, int32_t task, cmb_item *item) {
     const cmb_plan *plan = head->plan;
+    const some_rows apart = call->backward.are_positions_apart ? ALL : REGIONS;
     for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++) {
-        take_attended(head, tile, is_of_positions(plan, tile) ? REGIONS : ALL, item);
+        take_attended(head, tile, is_of_positions(plan, tile) ? apart : ALL, item);
         if (!is_of_positions(plan, tile))
             take_queries(head, tile, item);
     }
@@ -359,19 +382,30 @@ static void take_for_regions(const cmb_head *head, int32_t task, cmb_item *item)
         take_pools(head, task, item);
 }
 
+/* Whether all that the tile of regions reads of gradients lies in the worker's scratch. */
+static bool reads_own(const cmb_head *head, int32_t tile) {
+    const cmb_list query = head->plan->tile[tile].query;
+    for (int32_t n = 0; n < query.count; n++)
+        if (!is_own(head->plan, head->key_row, cmb_list_at(head->plan, query, n)))
+            return false;
+    return true;
+}
+
 /* False where the call is cancelled. */
 static bool run_task(const cmb_call *call, const cmb_head *head, int32_t task, cmb_item *item, int worker) {
     const cmb_plan *plan = head->plan;
     cmb_scratch *scratch = call->scratch[worker];
+    const bool positions = call->backward.are_positions_apart && attends(plan, task);
+    const int32_t first = plan->task[task].tile;
     int32_t tile = plan->task[task + 1].tile - 1;
     call->stage->pool_own(head, task, scratch);
-    call->stage->keep_apart(scratch);
-    for (; tile >= plan->task[task].tile && is_of_positions(plan, tile); tile--)
+    call->stage->keep_apart(positions, scratch);
+    for (; tile >= first && (is_of_positions(plan, tile) || (positions && reads_own(head, tile))); tile--)
         call->stage->tile_backward(head, tile, cmb_counterpart(plan, tile, task, task - 1), scratch, NULL);
     if (cmb_cancelled(call->cancel, worker) || !cmb_await_tickets(item, item->held, item->count))
         return false;
     call->stage->add_apart(head, scratch);
-    for (; tile >= plan->task[task].tile; tile--)
+    for (; tile >= first; tile--)
         call->stage->tile_backward(head, tile, -1, scratch, NULL);
     if (head->stages & CMB_SUMMARIZE)
         call->stage->pool_backward(head, task, scratch, NULL);
@@ -384,10 +418,10 @@ static void run_tasks(const cmb_call *call, int64_t n, int32_t number, int worke
     cmb_item *item = &call->backward.item[worker];
     if (!cmb_enter(item, number))
         return;
-    take_for_positions(&slot->head, slot->order[first[0]], item);
+    take_at_once(call, &slot->head, slot->order[first[0]], item);
     item->held = item->count;
     for (int32_t i = first[0]; i > first[1]; i--)
-        take_for_regions(&slot->head, slot->order[i], item);
+        take_for_later(call, &slot->head, slot->order[i], item);
     item->repeats = false; /* the item waits for all rows at once, first those up to `held` */
     CMB_ASSERT(item->count <= call->backward.max_tickets);
     cmb_entered(item);

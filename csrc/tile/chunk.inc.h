@@ -133,7 +133,7 @@ static void gather_row(const cmb_head *head, const tile_state *t, int32_t x, int
     w->row[at] = (uint32_t)x;
     if (!w->backward)
         return;
-    const int32_t apart = is_kept_apart(head, x, w) ? new_apart(head, x - head->L, w) : -1;
+    const int32_t apart = is_kept_apart(head, x, w) ? new_apart(head, x, w) : -1;
     w->dkey[at] = apart < 0 ? key_grad_row(head, x, w) : w->apart_key + apart * head->D;
     w->dvalue[at] = apart < 0 ? value_grad_row(head, x, w) : w->apart_value + apart * head->Dv;
 }
@@ -166,7 +166,8 @@ static bool gather(const cmb_head *head, tile_state *t, cmb_scratch *w) {
         const cmb_list list = run->row;
         const int from = n;
         t->masked |= mask != NULL || t->next < t->prefix.end;
-        if (head->all_live && (are_positions(head, list) || are_even_regions(head, list, w))) {
+        if (head->all_live &&
+            ((are_positions(head, list) && !w->keeps_positions_apart) || are_even_regions(head, list, w))) {
             const int taken = list.count - t->next < CHUNK - n ? list.count - t->next : CHUNK - n;
             gather_straight(head, t, list, taken, n, w);
             for (int i = 0; i < taken; i++)

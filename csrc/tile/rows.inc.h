@@ -58,14 +58,14 @@ static inline void add_row(int64_t dim, const REAL *from, REAL *to) {
 
 /* ---- gradients ---------------------------------------------------------------------------------- */
 
-static void zero_row(cmb_rows rows, int64_t x) { memset(at(rows, x), 0, (size_t)rows.dim * sizeof(REAL)); }
+static void zero_row(const cmb_rows *rows, int64_t x) { memset(at(*rows, x), 0, (size_t)rows->dim * sizeof(REAL)); }
 
 static void zero_block(cmb_rows rows, int64_t block) {
     CMB_ASSERT(rows.data && 0 <= block && block < cmb_blocks(rows.count));
     const int64_t first = block * CMB_BLOCK_ROWS,
                   end = first + CMB_BLOCK_ROWS < rows.count ? first + CMB_BLOCK_ROWS : rows.count;
     for (int64_t x = first; x < end; x++)
-        zero_row(rows, x);
+        zero_row(&rows, x);
     if (rows.unzeroed)
         rows.unzeroed[block] = 0;
 }
@@ -171,36 +171,40 @@ static inline REAL *bias_grad_of(const cmb_head *head, int64_t x) {
 /* A tile's sum over its queries is added to a gradient row once. So it may be kept, and be added later, without a
  * change of bits: a row of zeros takes the place of the region's. */
 
-static void keep_apart(cmb_scratch *w) {
+static void keep_apart(bool positions, cmb_scratch *w) {
     w->keeps_apart = true;
+    w->keeps_positions_apart = positions;
     w->aparts = 0;
 }
 
 /* Whether what the tile at hand adds for table row x is kept apart. It is not for a region whose gradient lies in the
  * worker's scratch. */
 static inline bool is_kept_apart(const cmb_head *head, int64_t x, const cmb_scratch *w) {
-    return w->keeps_apart && x >= head->L && !(head->key_row && head->key_row[x - head->L] < 0);
+    if (x < head->L)
+        return w->keeps_positions_apart;
+    return w->keeps_apart && !(head->key_row && head->key_row[x - head->L] < 0);
 }
 
-/* A row of zeros for dk_R, dh_R and db_R of region r. Returns its number. */
-static int32_t new_apart(const cmb_head *head, int64_t r, cmb_scratch *w) {
+/* A row of zeros for dk, dv and db of table row x. Returns its number. */
+static int32_t new_apart(const cmb_head *head, int32_t x, cmb_scratch *w) {
     const int32_t n = w->aparts++;
-    w->apart_region[n] = (int32_t)r;
+    w->apart_row[n] = x;
     memset(w->apart_key + n * head->D, 0, (size_t)head->D * sizeof(REAL));
     memset(w->apart_value + n * head->Dv, 0, (size_t)head->Dv * sizeof(REAL));
-    if (head->grad.region_bias.data)
+    if (head->biased)
         w->apart_bias[n] = 0;
     return n;
 }
 
 static void add_apart(const cmb_head *head, cmb_scratch *w) {
-    w->keeps_apart = false;
+    w->keeps_apart = w->keeps_positions_apart = false;
     for (int32_t n = 0; n < w->aparts; n++) {
-        const int64_t x = head->L + w->apart_region[n];
+        const int32_t x = w->apart_row[n];
         add_row(head->D, w->apart_key + n * head->D, key_grad_row(head, x, w));
         add_row(head->Dv, w->apart_value + n * head->Dv, value_grad_row(head, x, w));
-        if (head->grad.region_bias.data)
-            *bias_grad_of(head, x) += w->apart_bias[n];
+        REAL *bias = head->biased ? bias_grad_of(head, x) : NULL;
+        if (bias)
+            *bias += w->apart_bias[n];
     }
 }
 

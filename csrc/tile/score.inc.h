@@ -86,9 +86,8 @@ static inline void add_bias_sums(const cmb_head *head, const tile_state *t, int 
                                  cmb_scratch *w) {
     REAL *to[CHUNK];
     for (int i = begin; i < end; i++) {
-        to[i] = is_kept_apart(head, w->row[i], w) && head->grad.region_bias.data
-                    ? w->apart_bias + (w->dkey[i] - w->apart_key) / head->D
-                    : bias_grad_of(head, w->row[i]);
+        to[i] = is_kept_apart(head, w->row[i], w) ? w->apart_bias + (w->dkey[i] - w->apart_key) / head->D
+                                                  : bias_grad_of(head, w->row[i]);
         if (to[i])
             *to[i] += w->bias_sum[i];
     }

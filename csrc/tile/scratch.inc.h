@@ -70,9 +70,9 @@ struct cmb_scratch {
     REAL *packed_bias_grad;                  /* [width] */
 
     /* What the tiles at hand add to the gradients of regions, kept apart (rows.inc.h). */
-    bool keeps_apart;
+    bool keeps_apart, keeps_positions_apart;
     int32_t aparts;                             /* rows kept so far */
-    int32_t *apart_region;                      /* [apart] */
+    int32_t *apart_row;                         /* [apart] */
     REAL *apart_key, *apart_value, *apart_bias; /* [apart][D], [apart][Dv], [apart] */
 
     /* Copies of rows: widened, padded to whole pairs, or made contiguous. */
@@ -163,7 +163,7 @@ static cmb_scratch *take_scratch(cmb_arena *arena, const cmb_scratch_use *use, c
         s.own_key_grad = cmb_take(arena, keys, d * r);
         s.own_value_grad = cmb_take(arena, keys, dv * r);
         s.child_grad = cmb_take(arena, c, p);
-        s.apart_region = cmb_take(arena, apart, sizeof(int32_t));
+        s.apart_row = cmb_take(arena, apart, sizeof(int32_t));
         s.apart_key = cmb_take(arena, apart, d * r);
         s.apart_value = cmb_take(arena, apart, dv * r);
         s.apart_bias = cmb_take(arena, use->biased ? apart : 0, r);

@@ -111,7 +111,7 @@ typedef struct {
     void (*pool_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_item *item);
     /* Backward, where workers share a head: what tiles add to the gradients of regions is kept apart from now on; and
      * is added to them, tile by tile. So the tiles of two tasks that attend the same regions may run at once. */
-    void (*keep_apart)(cmb_scratch *scratch);
+    void (*keep_apart)(bool positions, cmb_scratch *scratch);
     void (*add_apart)(const cmb_head *head, cmb_scratch *scratch);
     /* `ahead`: the tile that this worker takes next, to be prefetched; or -1. */
     void (*tile)(const cmb_head *head, int32_t tile, int32_t ahead, cmb_scratch *scratch);
@@ -143,7 +143,7 @@ typedef struct {
     /* to = the sum of n elements. */
     void (*add_up)(int64_t n, const void *from, int64_t step, void *to);
     /* Zeros the row, or the block's rows. */
-    void (*zero_row)(cmb_rows rows, int64_t x);
+    void (*zero_row)(const cmb_rows *rows, int64_t x);
     void (*zero_block)(cmb_rows rows, int64_t block);
     /* Adds n of the caller's rows to gradients; if `softmax` has data, only rows that attend something. */
     void (*add)(int64_t n, int64_t dim, cmb_rows softmax, cmb_rows from, cmb_rows to, const cmb_scratch *scratch);
