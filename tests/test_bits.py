@@ -150,6 +150,7 @@ OPTIONS: dict[str, Callable[[np.random.Generator, int], dict]] = {
         "sink": rng.standard_normal(2, dtype=np.float32),
     },
     "dropout": lambda rng, regions: {"dropout_p": 0.3, "seed": 5},
+    "packed": lambda rng, regions: {"cu_seqlens": [0, 1, 90, 1500]},  # LogSparse of 89 has no blocks beyond a task's
     "learned": lambda rng, regions: {
         "region_query": rng.standard_normal((1, 2, regions, 16), dtype=np.float32),
         "region_key": rng.standard_normal((1, 1, regions, 16), dtype=np.float32),

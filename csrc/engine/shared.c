@@ -3,12 +3,14 @@
  * Backward of a head that all workers compute together, with the bits of one worker: its items add to each gradient row
  * in the order in which one worker would (runtime/tickets.h). There are two kinds of items.
  *
- * By task, where the tasks of the plan meet in regions alone, as those of Fixed, LogSparse and Tree do. An item is a
- * task that attends, with the tasks behind it that do not, since these read what it adds. What its tiles add to the
- * gradients of regions is kept apart, so that it waits for the items before it only once:
+ * By task, where the queries of different tasks attend regions in common and no positions, as in Fixed, LogSparse and
+ * Tree. An item is a task that attends, with the tasks behind it that do not, since these read what it adds. What its
+ * queries add to the gradients of regions is kept apart, so that it waits for the items before it only once:
  *
- *     worker 0   | tiles of span 9       |add| pools |  tiles of span 7 ..
- *     worker 1      | tiles of span 8        |add| pools |  tiles of span 6 ..
+ *     worker 0   | queries of span 9       |add| summary of span 9 |  queries of span 7 ..
+ *     worker 1      | queries of span 8       |add| summary of span 8 |  queries of span 6 ..
+ *
+ * Where regions have positions in common (LogSparse), what is added to positions is kept apart too.
  *
  * By tile, where tasks attend the same positions, as those of Dense, Window and Axial do. An item is a tile or a task's
  * pools. A tile waits for rows a few at a time, so that tiles over the same rows follow one another.
@@ -55,7 +57,7 @@ typedef struct {
     int64_t rows, regions; /* attended, counted for each tile */
 } touched;
 
-static touched what_tiles_touch(const cmb_plan *plan, int32_t task, bool of_positions) {
+static touched find_touched(const cmb_plan *plan, int32_t task, bool of_positions) {
     touched it = {.range = {plan->L, -1}};
     for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++) {
         if (is_of_positions(plan, tile) != of_positions)
@@ -69,27 +71,30 @@ static touched what_tiles_touch(const cmb_plan *plan, int32_t task, bool of_posi
     return it;
 }
 
+/* What a call's tasks keep apart. */
+typedef struct {
+    bool positions;        /* those too, and not only regions */
+    int64_t rows, regions; /* at most */
+} kept_apart;
+
 /* Whether the tiles of positions of every task lie behind those of regions, and touch positions behind those of the
- * task before: then they meet in regions alone. Sets whether the tiles of regions of several tasks touch a position, as
- * in LogSparse, and the most rows that are kept apart. */
-static bool do_tasks_meet_in_regions(const cmb_plan *plan, bool *are_positions_apart, int64_t *most) {
-    enum { MOST = 2048 }; /* 1 MiB of 64 features in float32: what is kept apart should stay in the cache */
-    int64_t end = 0, summarized = 0, rows = 0, regions = 0;
+ * task before. Widens *apart to what the plan's tasks keep apart. */
+static bool may_go_by_task(const cmb_plan *plan, kept_apart *apart) {
+    int64_t end = 0, summarized = 0;
     for (int32_t task = 0; task < plan->tasks; task++) {
         for (int32_t tile = plan->task[task].tile + 1; tile < plan->task[task + 1].tile; tile++)
             if (is_of_positions(plan, tile - 1) && !is_of_positions(plan, tile))
                 return false;
-        const touched attended = what_tiles_touch(plan, task, true), members = what_tiles_touch(plan, task, false);
+        const touched attended = find_touched(plan, task, true), members = find_touched(plan, task, false);
         if (attended.range.low < end)
             return false;
         end = cmb_max(end, attended.range.high + 1);
-        *are_positions_apart |= members.range.low < summarized;
+        apart->positions |= members.range.low < summarized;
         summarized = cmb_max(summarized, members.range.high + 1);
-        rows = cmb_max(rows, attends(plan, task) ? attended.rows + members.rows : 0);
-        regions = cmb_max(regions, attended.regions);
+        apart->rows = cmb_max(apart->rows, attends(plan, task) ? attended.rows + members.rows : 0);
+        apart->regions = cmb_max(apart->regions, attended.regions);
     }
-    *most = cmb_max(*most, *are_positions_apart ? rows : regions);
-    return *most <= MOST;
+    return true;
 }
 
 /* Tickets of a task's tiles and pools together; or the most that one of these takes. */
@@ -125,17 +130,19 @@ static int64_t most_tickets(const cmb_plan *plan, bool by_task) {
 }
 
 void cmb_plan_shared(cmb_call *call) {
+    enum { MOST = 2048 }; /* 1 MiB of 64 features in float32: what is kept apart should stay in the cache */
     const cmb_problem *p = call->problem;
-    bool by_task = !call->are_heads_lanes, are_positions_apart = false;
-    int64_t apart = 0, tickets = 0;
+    kept_apart apart = {0};
+    bool by_task = !call->are_heads_lanes;
     for (int64_t i = 0; i < p->plans; i++)
-        by_task = by_task && do_tasks_meet_in_regions(p->plan[i], &are_positions_apart, &apart);
-    for (int64_t i = 0; i < p->plans; i++)
-        tickets = cmb_max(tickets, most_tickets(p->plan[i], by_task));
+        by_task = by_task && may_go_by_task(p->plan[i], &apart);
+    const int64_t rows = apart.positions ? apart.rows : apart.regions;
+    by_task = by_task && rows <= MOST;
     call->backward.by_task = by_task;
-    call->backward.are_positions_apart = are_positions_apart;
-    call->backward.max_apart = by_task ? apart : 0;
-    call->backward.max_tickets = tickets;
+    call->backward.are_positions_apart = apart.positions;
+    call->backward.max_apart = by_task ? rows : 0;
+    for (int64_t i = 0; i < p->plans; i++)
+        call->backward.max_tickets = cmb_max(call->backward.max_tickets, most_tickets(p->plan[i], by_task));
 }
 
 /* Whether row x is a scratch row, or its q_R or k_R lies in the worker's scratch: `place` is query_row or key_row. */

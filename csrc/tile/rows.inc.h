@@ -187,6 +187,7 @@ static inline bool is_kept_apart(const cmb_head *head, int64_t x, const cmb_scra
 
 /* A row of zeros for dk, dv and db of table row x. Returns its number. */
 static int32_t new_apart(const cmb_head *head, int32_t x, cmb_scratch *w) {
+    CMB_ASSERT(w->aparts < w->apart);
     const int32_t n = w->aparts++;
     w->apart_row[n] = x;
     memset(w->apart_key + n * head->D, 0, (size_t)head->D * sizeof(REAL));

@@ -71,6 +71,7 @@ struct cmb_scratch {
 
     /* What the tiles at hand add to the gradients of regions, kept apart (rows.inc.h). */
     bool keeps_apart, keeps_positions_apart;
+    int64_t apart;                              /* rows that there is room for */
     int32_t aparts;                             /* rows kept so far */
     int32_t *apart_row;                         /* [apart] */
     REAL *apart_key, *apart_value, *apart_bias; /* [apart][D], [apart][Dv], [apart] */
@@ -105,7 +106,8 @@ struct cmb_scratch {
 static cmb_scratch *take_scratch(cmb_arena *arena, const cmb_scratch_use *use, cmb_cancel *cancel, int worker) {
     const cmb_narrow_format *format = NARROW(use->isa);
     const bool backward = use->backward;
-    cmb_scratch s = {.cancel = cancel, .worker = worker, .format = format, .backward = backward, .N = use->N};
+    cmb_scratch s = {
+        .cancel = cancel, .worker = worker, .format = format, .backward = backward, .N = use->N, .apart = use->apart};
     cmb_scratch *scratch = cmb_take(arena, 1, sizeof s);
     const size_t r = sizeof(REAL), p = sizeof(void *), d = (size_t)use->D, dv = (size_t)use->Dv, n = (size_t)use->N,
                  c = (size_t)use->children, queries = (size_t)use->queries, keys = (size_t)use->keys,
