@@ -389,7 +389,8 @@ static void take_for_later(const cmb_call *call, const cmb_head *head, int32_t t
         take_pools(head, task, item);
 }
 
-/* Whether all that the tile of regions reads of gradients lies in the worker's scratch. */
+/* Whether the tile's regions are the worker's own: then it reads and adds to no row that others touch, but for those
+ * that it attends. */
 static bool reads_own(const cmb_head *head, int32_t tile) {
     const cmb_list query = head->plan->tile[tile].query;
     for (int32_t n = 0; n < query.count; n++)
@@ -411,6 +412,7 @@ static bool run_task(const cmb_call *call, const cmb_head *head, int32_t task, c
         call->stage->tile_backward(head, tile, cmb_counterpart(plan, tile, task, task - 1), scratch, NULL);
     if (cmb_cancelled(call->cancel, worker) || !cmb_await_tickets(item, item->held, item->count))
         return false;
+    item->held = item->count; /* the item's other tasks need not wait */
     call->stage->add_apart(head, scratch);
     for (; tile >= first; tile--)
         call->stage->tile_backward(head, tile, -1, scratch, NULL);

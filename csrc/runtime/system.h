@@ -57,6 +57,11 @@ void cmb_thread_join(cmb_thread *thread);
 /* Gives the processor away. */
 void cmb_yield(void);
 
+/* The processor that this thread runs on; -1 where the system does not say. cmb_leave_processor moves this thread to
+ * another one if it runs on that processor. */
+int cmb_processor(void);
+void cmb_leave_processor(int processor);
+
 /* Has `before` called before every fork, and `parent` and `child` after it, each in its process; returns false if the
  * system has no room for it. A system without fork never calls them. */
 bool cmb_at_fork(void (*before)(void), void (*parent)(void), void (*child)(void));

@@ -127,6 +127,7 @@ typedef struct {
     cmb_cancel *cancel;
     atomic_int_least64_t next; /* index to claim */
     atomic_uint joined;        /* workers in the job, without the caller; changes under the mutex */
+    int processor;             /* of the caller */
 } job;
 
 static struct {
@@ -209,6 +210,7 @@ static void work_and_leave(job *work, int worker) {
 
 static void run_worker(int worker) {
     unsigned seen = 0;
+    bool has_slept = true;
     float_mode_default();
     cmb_lock(&pool.mutex);
     while (!atomic_load(&pool.stopping)) {
@@ -217,6 +219,7 @@ static void run_worker(int worker) {
             pool.sleeping++;
             cmb_condition_wait(&pool.wake, &pool.mutex);
             pool.sleeping--;
+            has_slept = true;
             continue;
         }
         seen = posted;
@@ -225,6 +228,9 @@ static void run_worker(int worker) {
             continue;
         atomic_fetch_add(&work->joined, 1);
         cmb_unlock(&pool.mutex);
+        if (has_slept)
+            cmb_leave_processor(work->processor);
+        has_slept = false;
         work_and_leave(work, worker);
         spin_until(&pool.posted, seen + 1);
         cmb_lock(&pool.mutex);
@@ -249,14 +255,21 @@ static void start_threads(int workers) {
 static bool post_job(job *work) {
     lock_pool();
     const bool taken = pool.usable && !pool.job && !atomic_load(&pool.stopping);
+    bool woken = false;
     if (taken) {
+        work->processor = cmb_processor();
         start_threads(work->workers);
         pool.job = work;
         atomic_fetch_add(&pool.posted, 1);
-        if (pool.sleeping > 0)
+        woken = pool.sleeping > 0;
+        if (woken)
             cmb_condition_wake_all(&pool.wake);
     }
     cmb_unlock(&pool.mutex);
+    /* Linux in a virtual machine may wake a thread on this processor although others are idle (their virtual processors
+     * count as preempted), where it would wait for milliseconds. So this thread lets it run, and it goes elsewhere. */
+    if (woken)
+        cmb_yield();
     return taken;
 }
 

@@ -3,7 +3,8 @@
  * How threads that share one head's backward keep the bits of one thread: every gradient row has a ticket lock, so that
  * the work that adds to a row, or reads it, takes place in the order in which one thread would do it.
  *
- * An item of work is a tile, or a task's pool steps; items are numbered in the order of one thread. A worker
+ * An item of work is a tile, a task's pool steps, or a whole task (engine/shared.c). Items are numbered in the order of
+ * one thread. A worker
  *
  *   claims an item     cmb_tickets.claimed, from any thread;
  *   enters             one item at a time, in the order of their numbers, and takes a ticket for each row that the item
@@ -51,7 +52,8 @@ typedef struct {
     cmb_cancel *cancel;
     int worker;
     int32_t number;
-    cmb_ticket *ticket; /* in the order taken: a tile's rows in the order of their use, then from `held` its queries' */
+    cmb_ticket *ticket; /* in the order taken: a tile's rows in the order of their use, then from `held` its queries';
+                         * or the rows that a task needs at once, then from `held` those that it needs later */
     int64_t count, held;
     int64_t released; /* tickets given back so far */
     bool repeats;     /* a row occurs twice: the item waits for all its rows at once, and releases them at its end */

@@ -66,6 +66,9 @@ void cmb_thread_join(cmb_thread *thread) {
 
 void cmb_yield(void) { SwitchToThread(); }
 
+int cmb_processor(void) { return -1; }
+void cmb_leave_processor(int processor) { (void)processor; }
+
 bool cmb_at_fork(void (*before)(void), void (*parent)(void), void (*child)(void)) {
     (void)before, (void)parent, (void)child;
     return true;

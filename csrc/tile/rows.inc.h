@@ -166,10 +166,10 @@ static inline REAL *bias_grad_of(const cmb_head *head, int64_t x) {
     return rows.data ? zeroed_at(rows, r < 0 ? x : r) : NULL;
 }
 
-/* ---- gradients of regions, kept apart ----------------------------------------------------------- */
+/* ---- sums that are kept apart -------------------------------------------------------------------- */
 
-/* A tile's sum over its queries is added to a gradient row once. So it may be kept, and be added later, without a
- * change of bits: a row of zeros takes the place of the region's. */
+/* A tile's sum over its queries is added to a row of dK or dV once. So a row of zeros may take that row's place, and be
+ * added to it later, without a change of bits. */
 
 static void keep_apart(bool positions, cmb_scratch *w) {
     w->keeps_apart = true;
@@ -177,8 +177,8 @@ static void keep_apart(bool positions, cmb_scratch *w) {
     w->aparts = 0;
 }
 
-/* Whether what the tile at hand adds for table row x is kept apart. It is not for a region whose gradient lies in the
- * worker's scratch. */
+/* Whether what tiles add to table row x is kept apart. It is not for a region whose gradient lies in the worker's
+ * scratch. */
 static inline bool is_kept_apart(const cmb_head *head, int64_t x, const cmb_scratch *w) {
     if (x < head->L)
         return w->keeps_positions_apart;

@@ -69,7 +69,7 @@ struct cmb_scratch {
     const REAL **lane_bias_grad;             /* [64] db_R where it is weighted */
     REAL *packed_bias_grad;                  /* [width] */
 
-    /* What the tiles at hand add to the gradients of regions, kept apart (rows.inc.h). */
+    /* Sums that are kept apart (rows.inc.h). */
     bool keeps_apart, keeps_positions_apart;
     int64_t apart;                              /* rows that there is room for */
     int32_t aparts;                             /* rows kept so far */

@@ -89,7 +89,7 @@ typedef struct {
     int64_t queries;  /* q_R that a task pools for itself, at most */
     int64_t keys;     /* the same of k_R */
     int64_t children; /* children of a pool step, at most */
-    int64_t apart;    /* regions that the tiles of a task attend, counted for each tile; 0: none is kept apart */
+    int64_t apart;    /* rows whose sums are kept apart, at most */
     bool dropout, softcap, biased, backward;
 } cmb_scratch_use;
 
@@ -109,8 +109,9 @@ typedef struct {
     void (*pool_own)(const cmb_head *head, int32_t task, cmb_scratch *scratch);
     /* Backward, after a task's tiles. `item`: NULL, or where workers share the head what has entered for these rows. */
     void (*pool_backward)(const cmb_head *head, int32_t task, cmb_scratch *scratch, cmb_item *item);
-    /* Backward, where workers share a head: what tiles add to the gradients of regions is kept apart from now on; and
-     * is added to them, tile by tile. So the tiles of two tasks that attend the same regions may run at once. */
+    /* Backward, where workers share a head (engine/shared.c). keep_apart: from now on what tiles add to the gradients
+     * of regions, and with `positions` to those of keys and values, is kept in the scratch. add_apart adds it, in the
+     * order of the tiles. */
     void (*keep_apart)(bool positions, cmb_scratch *scratch);
     void (*add_apart)(const cmb_head *head, cmb_scratch *scratch);
     /* `ahead`: the tile that this worker takes next, to be prefetched; or -1. */

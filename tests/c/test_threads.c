@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 /* The thread pool and a host's threads: jobs, cancelling, forks, signals and the floating-point mode. */
 #define _GNU_SOURCE
+#include "runtime/system.h"
 #include "runtime/threads.h"
 #include "testlib.h"
 
 #include <fenv.h>
 #include <pthread.h>
 #include <time.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 #ifndef _WIN32
 #include <signal.h>
 #include <sys/resource.h>
@@ -454,6 +458,49 @@ static void workers_block_signals(void) {
 }
 #endif
 
+/* ---- processors --------------------------------------------------------------------------------- */
+
+#ifdef __linux__
+static void affinity_body(void *context, int64_t index, int worker) {
+    cpu_set_t allowed;
+    (void)index, (void)worker;
+    CHECK(sched_getaffinity(0, sizeof allowed, &allowed) == 0 && CPU_EQUAL(&allowed, (cpu_set_t *)context));
+    sleep_ms(1);
+}
+
+/* Threads that have slept may still run on all processors that the caller may run on. */
+static void affinity_is_kept(void) {
+    cmb_cancel cancel;
+    cpu_set_t allowed;
+    CHECK(sched_getaffinity(0, sizeof allowed, &allowed) == 0);
+    for (int n = 0; n < 20; n++) {
+        cmb_cancel_init(&cancel, NULL);
+        sleep_ms(2);
+        cmb_parallel_for(8, 3, affinity_body, &allowed, &cancel);
+    }
+}
+
+static void leave_processor(void) {
+    cpu_set_t allowed, one;
+    bool has_left = false;
+    CHECK(sched_getaffinity(0, sizeof allowed, &allowed) == 0);
+    for (int n = 0; n < 100 && !has_left && CPU_COUNT(&allowed) > 1; n++) { /* the system may move the thread back */
+        const int processor = cmb_processor();
+        cmb_leave_processor(processor);
+        has_left = cmb_processor() != processor;
+    }
+    CHECK(has_left || CPU_COUNT(&allowed) == 1);
+    const int only = cmb_processor();
+    CPU_ZERO(&one);
+    CPU_SET((size_t)only, &one);
+    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
+    cmb_leave_processor(only); /* there is nowhere to go */
+    cmb_leave_processor(-1);
+    cmb_leave_processor(CPU_SETSIZE);
+    CHECK(sched_getcpu() == only && sched_setaffinity(0, sizeof allowed, &allowed) == 0);
+}
+#endif
+
 /* ---- the floating-point mode -------------------------------------------------------------------- */
 
 static unsigned control_word(void) {
@@ -521,6 +568,10 @@ int main(int argc, char **argv) {
         TEST(fork_from_poll),
         TEST(threads_cannot_start),
         TEST(workers_block_signals),
+#endif
+#ifdef __linux__
+        TEST(affinity_is_kept),
+        TEST(leave_processor),
 #endif
         TEST(float_mode),
     };
