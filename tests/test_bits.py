@@ -158,24 +158,42 @@ OPTIONS: dict[str, Callable[[np.random.Generator, int], dict]] = {
 }
 
 
+@both_directions
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("pattern", SHARED, ids=str)
-def test_threads_that_share_a_head(rng, pattern, options):
+def test_threads_that_share_a_head(rng, pattern, options, is_causal):
     """All gradients of one key head with two query heads, under all that a call may carry."""
     arrays = draw(rng, L=1500, B=1, Hq=2, Hk=1, D=16, Dv=12)
-    regions = pattern.plan(1500, is_causal=True).region_count
+    regions = pattern.plan(1500, is_causal=is_causal).region_count
     if options in ("terms", "learned") and not regions:
         pytest.skip("no regions")
     given = OPTIONS[options](rng, regions)
     results = []
     for threads in (1, 2, 5):
         with combiner.num_threads(threads):
-            _, saved = combiner.attention_forward(*arrays[:3], pattern, is_causal=True, **given)
+            _, saved = combiner.attention_forward(*arrays[:3], pattern, is_causal=is_causal, **given)
             gradients = combiner.attention_backward(arrays[3], saved, grad_lse=arrays[4])
         results.append([x for x in gradients if x is not None])
     assert len(results[0]) == 3 + len({"key_bias", "region_bias", "sink", "region_query", "region_key"} & set(given))
     for other in results[1:]:
         assert [x.tobytes() for x in other] == [x.tobytes() for x in results[0]]
+
+
+def test_threads_that_share_heads_with_plans_of_their_own(rng):
+    """A plan may have fewer regions than the given keys have rows: the gradients of the others are zeros."""
+    arrays = draw(rng, L=1500, B=1, Hq=2, Hk=2, D=16, Dv=12)
+    plans = Fixed(64).plan(1500, is_causal=True), Fixed(128).plan(1500, is_causal=True)
+    given = {"region_key": rng.standard_normal((1, 2, plans[0].region_count, 16), dtype=np.float32)}
+    results = []
+    for threads in (1, 3):
+        combiner.release_memory()
+        with combiner.num_threads(threads):
+            _, saved = combiner.attention_forward(*arrays[:3], plans, is_causal=True, **given)
+            np.full((1, 2, plans[0].region_count, 16), np.nan, np.float32)  # what the freed memory holds
+            results.append(combiner.attention_backward(arrays[3], saved))
+    assert not results[1].region_key[0, 1, plans[1].region_count :].any()
+    for x, y in zip(*results, strict=True):
+        assert (x is None and y is None) or x.tobytes() == y.tobytes()
 
 
 def test_threads_at_rows_listed_twice(rng):

@@ -57,8 +57,8 @@ typedef struct {
 typedef struct {
     cmb_tickets tickets;
     int32_t items;
-    int32_t *first_item; /* [tasks + 1] by tile, in the order of cmb_slot.order: of each task. By task: where in that
-                          * order each item begins */
+    int32_t *first_item; /* [tasks + 1] by tile: the first item of each task, in the order of cmb_slot.order. By task:
+                          * where in that order each item begins, then -1 */
 } cmb_sharing;
 
 typedef struct {

@@ -4,8 +4,8 @@
  * in the order in which one worker would (runtime/tickets.h). There are two kinds of items.
  *
  * By task, where the queries of different tasks attend regions in common and no positions, as in Fixed, LogSparse and
- * Tree. An item is a task that attends, with the tasks behind it that do not, since these read what it adds. What its
- * queries add to the gradients of regions is kept apart, so that it waits for the items before it only once:
+ * Tree. An item is a task that attends, with those that follow in backward's order and do not: they read what it adds.
+ * What its queries add to the gradients of regions is kept apart, so that it waits for the items before it only once:
  *
  *     worker 0   | queries of span 9       |add| summary of span 9 |  queries of span 7 ..
  *     worker 1      | queries of span 8       |add| summary of span 8 |  queries of span 6 ..
@@ -77,8 +77,9 @@ typedef struct {
     int64_t rows, regions; /* at most */
 } kept_apart;
 
-/* Whether the tiles of positions of every task lie behind those of regions, and touch positions behind those of the
- * task before. Widens *apart to what the plan's tasks keep apart. */
+/* Whether in every task the tiles of positions lie behind those of regions, and touch higher positions than the tasks
+ * before. (Queries of a slice are counted from 0, which makes the answer more cautious.) Widens *apart to what the
+ * plan's tasks keep apart: positions too, if the regions of several tasks have some in common. */
 static bool may_go_by_task(const cmb_plan *plan, kept_apart *apart) {
     int64_t end = 0, summarized = 0;
     for (int32_t task = 0; task < plan->tasks; task++) {
@@ -112,7 +113,7 @@ static int64_t count_tickets(const cmb_plan *plan, int32_t task, bool together) 
     return cmb_max(most, rows);
 }
 
-/* Whether an item by task ends before this one. */
+/* Whether an item by task begins with this task. Items go from the last task to the first. */
 static bool begins_item(const cmb_plan *plan, int32_t task) { return !plan->traits.is_fusible || attends(plan, task); }
 
 /* Tickets that an item takes at most. */
@@ -137,7 +138,10 @@ void cmb_plan_shared(cmb_call *call) {
     for (int64_t i = 0; i < p->plans; i++)
         by_task = by_task && may_go_by_task(p->plan[i], &apart);
     const int64_t rows = apart.positions ? apart.rows : apart.regions;
-    by_task = by_task && rows <= MOST;
+    int32_t tasks = 0;
+    for (int64_t i = 0; i < p->plans; i++)
+        tasks = cmb_longest_wave(p->plan[i]) > tasks ? cmb_longest_wave(p->plan[i]) : tasks;
+    by_task = by_task && rows <= MOST && tasks >= call->workers; /* fewer tasks would leave workers idle */
     call->backward.by_task = by_task;
     call->backward.are_positions_apart = apart.positions;
     call->backward.max_apart = by_task ? rows : 0;
@@ -327,7 +331,7 @@ static void zero_gradients(const cmb_call *call, const cmb_slot *slot, int64_t l
     }
 }
 
-/* Those that no item before has touched. */
+/* Zeroes the item's rows that no item before has touched: their ticket is the first, 0. */
 static void zero_first(const cmb_call *call, const cmb_slot *slot, const cmb_item *item) {
     for (int64_t n = 0; n < item->count; n++)
         if (item->ticket[n].number == 0)
@@ -339,12 +343,17 @@ static void clear_blocks(cmb_rows rows) {
         memset(rows.unzeroed, 0, (size_t)cmb_blocks(rows.count));
 }
 
-/* After the last item: those that no item has touched. Then no block is left to be zeroed. */
-static void end_zeroing(const cmb_call *call, const cmb_slot *slot, const cmb_tickets *tickets) {
+/* After the last item: zeroes the rows that no item has touched, those of regions that other plans of the call have
+ * among them. Regions that are placed elsewhere have no gradients that are outputs. Then no block is left to be zeroed.
+ */
+static void end_zeroing(const cmb_call *call, const cmb_slot *slot, const cmb_tickets *tickets, int worker) {
+    enum { POLL_ROWS = 1 << 12 };
     const cmb_gradient_rows *g = &slot->zeroed;
     for (int64_t lock = 0; lock < 2 * tickets->rows; lock++) {
         const int32_t *place = lock < tickets->rows ? slot->head.query_row : slot->head.key_row;
-        if (tickets->dispenser[lock].next == 0 && !is_own(slot->head.plan, place, lock % tickets->rows))
+        if (lock % POLL_ROWS == 0 && cmb_cancelled(call->cancel, worker))
+            return;
+        if (tickets->dispenser[lock].next == 0 && (lock % tickets->rows < slot->head.L || !place))
             zero_gradients(call, slot, lock, tickets->rows);
     }
     clear_blocks(g->query);
@@ -376,7 +385,7 @@ static void take_at_once(const cmb_call *call, const cmb_head *head, int32_t tas
         }
 }
 
-/* The rows that what they keep apart is added to, and those of a task's tiles of regions and pools. */
+/* The rows to which sums that were kept apart are added, and those of the task's tiles of regions and of its pools. */
 static void take_for_later(const cmb_call *call, const cmb_head *head, int32_t task, cmb_item *item) {
     const cmb_plan *plan = head->plan;
     const some_rows apart = call->backward.are_positions_apart ? ALL : REGIONS;
@@ -389,8 +398,8 @@ static void take_for_later(const cmb_call *call, const cmb_head *head, int32_t t
         take_pools(head, task, item);
 }
 
-/* Whether the tile's regions are the worker's own: then it reads and adds to no row that others touch, but for those
- * that it attends. */
+/* Whether the tile's regions are the worker's own, so that no other task needs their q_R either: then the tile touches
+ * no row that others touch, but for those that it attends. */
 static bool reads_own(const cmb_head *head, int32_t tile) {
     const cmb_list query = head->plan->tile[tile].query;
     for (int32_t n = 0; n < query.count; n++)
@@ -431,7 +440,7 @@ static void run_tasks(const cmb_call *call, int64_t n, int32_t number, int worke
     item->held = item->count;
     for (int32_t i = first[0]; i > first[1]; i--)
         take_for_later(call, &slot->head, slot->order[i], item);
-    item->repeats = false; /* the item waits for all rows at once, first those up to `held` */
+    item->repeats = false; /* a row's first ticket comes before its others, and all rows are released together */
     CMB_ASSERT(item->count <= call->backward.max_tickets);
     cmb_entered(item);
     zero_first(call, slot, item);
@@ -500,7 +509,7 @@ static void end_shared(void *context, int64_t n, int worker) {
     const cmb_call *call = context;
     const cmb_slot *slot = &call->slot[n * call->lanes];
     if (call->backward.by_task)
-        end_zeroing(call, slot, &call->backward.sharing[n].tickets);
+        end_zeroing(call, slot, &call->backward.sharing[n].tickets, worker);
     for (int h = 0; h < call->lanes; h++)
         cmb_end_gradients(call, &slot[h], worker);
 }

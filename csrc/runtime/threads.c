@@ -267,8 +267,9 @@ static bool post_job(job *work) {
     }
     cmb_unlock(&pool.mutex);
     /* Linux in a virtual machine may wake a thread on this processor although others are idle (their virtual processors
-     * count as preempted), where it would wait for milliseconds. So this thread lets it run, and it goes elsewhere. */
-    if (woken)
+     * count as preempted), where it would wait for milliseconds. So the caller yields once: the thread runs, and moves
+     * itself. */
+    if (woken && work->processor >= 0)
         cmb_yield();
     return taken;
 }

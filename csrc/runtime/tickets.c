@@ -4,7 +4,7 @@
 #include "runtime/system.h"
 #include "runtime/threads.h"
 
-/* Spins, since the wait is as a rule for a chunk of a tile (microseconds), and gives the processor away after that. */
+/* Spins, since the wait is as a rule short (microseconds), and gives the processor away after that. */
 bool cmb_wait(const atomic_int *counter, int32_t value, cmb_cancel *cancel, int worker) {
     enum { SPINS = 1 << 12 };
     for (int n = 0; atomic_load_explicit(counter, memory_order_acquire) != value; n++) {

@@ -63,7 +63,9 @@ static int32_t count_children(const cmb_head *head, const cmb_pool *pool, cmb_sc
             w->weight[n++] = plan->pooling == CMB_POOL_MEAN ? (REAL)below : 1;
         total += below;
     }
-    *count_of(head, w, pool->row) = total;
+    int32_t *count = count_of(head, w, pool->row);
+    if (*count != total) /* in backward it is known, and other workers read it */
+        *count = total;
     *children = n;
     return total;
 }

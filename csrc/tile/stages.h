@@ -14,7 +14,8 @@ enum { CMB_BLOCK_ROWS = 64 }; /* rows that are zeroed together */
 static inline int64_t cmb_blocks(int64_t rows) { return (rows + CMB_BLOCK_ROWS - 1) / CMB_BLOCK_ROWS; }
 
 /* The rows of one head of an array: row x is at element x * row of data. A gradient's rows are zeroed in blocks, each
- * block when its first row is asked for: the rows are then in the cache when a tile adds to them. */
+ * block when its first row is asked for: the rows are then in the cache when a tile adds to them. (Row by row where
+ * workers share a head by task: engine/shared.c.) */
 typedef struct {
     void *data;
     int64_t row;
