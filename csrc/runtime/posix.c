@@ -66,6 +66,7 @@ bool cmb_thread_start(cmb_thread *thread, size_t stack_bytes) {
     if (pthread_attr_init(&attributes) != 0)
         return false;
     bool started = false;
+    thread->kept_off = -1;
     if (pthread_attr_setstacksize(&attributes, stack_bytes) == 0) {
         /* leave signals to the program's own threads, except for those that a fault of the thread itself raises */
         sigfillset(&blocked);
@@ -86,26 +87,36 @@ void cmb_thread_join(cmb_thread *thread) { pthread_join(thread->id, NULL); }
 void cmb_yield(void) { sched_yield(); }
 
 int cmb_processor(void) {
-#ifdef __linux__
+#ifdef __GLIBC__
     return sched_getcpu();
 #else
     return -1;
 #endif
 }
 
-void cmb_leave_processor(int processor) {
-#ifdef __linux__
-    cpu_set_t allowed, others;
-    if (processor < 0 || processor >= CPU_SETSIZE || sched_getcpu() != processor ||
-        sched_getaffinity(0, sizeof allowed, &allowed) != 0)
+void cmb_keep_off(cmb_thread *thread, int processor) {
+#ifdef __GLIBC__
+    cpu_set_t set;
+    if (processor < 0 || processor >= CPU_SETSIZE || thread->kept_off >= 0 ||
+        pthread_getaffinity_np(thread->id, sizeof set, &set) != 0 || !CPU_ISSET((size_t)processor, &set))
         return;
-    others = allowed;
-    CPU_CLR((size_t)processor, &others);
-    if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0)
-        sched_setaffinity(0, sizeof allowed, &allowed);
+    CPU_CLR((size_t)processor, &set);
+    if (CPU_COUNT(&set) > 0 && pthread_setaffinity_np(thread->id, sizeof set, &set) == 0)
+        thread->kept_off = processor;
 #else
-    (void)processor;
+    (void)thread, (void)processor;
 #endif
+}
+
+void cmb_let_on(cmb_thread *thread) {
+#ifdef __GLIBC__
+    cpu_set_t set;
+    if (thread->kept_off >= 0 && sched_getaffinity(0, sizeof set, &set) == 0) {
+        CPU_SET((size_t)thread->kept_off, &set);
+        sched_setaffinity(0, sizeof set, &set);
+    }
+#endif
+    thread->kept_off = -1;
 }
 
 bool cmb_at_fork(void (*before)(void), void (*parent)(void), void (*child)(void)) {

@@ -47,6 +47,7 @@ typedef struct {
     cmb_thread_id id;
     void (*body)(int number);
     int number;
+    int kept_off; /* a processor, or -1 */
 } cmb_thread;
 
 /* Starts *thread, whose body and number are set. No signal handler of the program runs in it. Returns false if the
@@ -57,10 +58,12 @@ void cmb_thread_join(cmb_thread *thread);
 /* Gives the processor away. */
 void cmb_yield(void);
 
-/* The processor that this thread runs on; -1 where the system does not say. cmb_leave_processor moves this thread to
- * another one if it runs on that processor. */
+/* The processor that this thread runs on; -1 where the system does not say. */
 int cmb_processor(void);
-void cmb_leave_processor(int processor);
+/* Takes the processor from those that the thread may run on, if others are left; and gives it back, which the thread
+ * itself does. */
+void cmb_keep_off(cmb_thread *thread, int processor);
+void cmb_let_on(cmb_thread *thread);
 
 /* Has `before` called before every fork, and `parent` and `child` after it, each in its process; returns false if the
  * system has no room for it. A system without fork never calls them. */

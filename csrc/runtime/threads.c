@@ -127,7 +127,6 @@ typedef struct {
     cmb_cancel *cancel;
     atomic_int_least64_t next; /* index to claim */
     atomic_uint joined;        /* workers in the job, without the caller; changes under the mutex */
-    int processor;             /* of the caller */
 } job;
 
 static struct {
@@ -141,6 +140,7 @@ static struct {
     atomic_bool stopping;
     bool usable;
     cmb_thread thread[MAX_THREADS - 1];
+    bool is_asleep[MAX_THREADS - 1];
 } pool = {.mutex = CMB_MUTEX_INIT};
 
 static bool init_conditions(void) { return cmb_condition_init(&pool.wake) && cmb_condition_init(&pool.done); }
@@ -160,6 +160,7 @@ static void after_fork_child(void) {
     pool.job = NULL;
     pool.threads = 0;
     pool.sleeping = 0;
+    memset(pool.is_asleep, 0, sizeof pool.is_asleep);
     atomic_store(&pool.stopping, false);
     pool.usable = init_conditions();
     cmb_unlock(&pool.mutex);
@@ -210,16 +211,17 @@ static void work_and_leave(job *work, int worker) {
 
 static void run_worker(int worker) {
     unsigned seen = 0;
-    bool has_slept = true;
     float_mode_default();
     cmb_lock(&pool.mutex);
     while (!atomic_load(&pool.stopping)) {
         const unsigned posted = atomic_load(&pool.posted);
         if (posted == seen) {
             pool.sleeping++;
+            pool.is_asleep[worker - 1] = true;
             cmb_condition_wait(&pool.wake, &pool.mutex);
+            pool.is_asleep[worker - 1] = false;
             pool.sleeping--;
-            has_slept = true;
+            cmb_let_on(&pool.thread[worker - 1]);
             continue;
         }
         seen = posted;
@@ -228,9 +230,6 @@ static void run_worker(int worker) {
             continue;
         atomic_fetch_add(&work->joined, 1);
         cmb_unlock(&pool.mutex);
-        if (has_slept)
-            cmb_leave_processor(work->processor);
-        has_slept = false;
         work_and_leave(work, worker);
         spin_until(&pool.posted, seen + 1);
         cmb_lock(&pool.mutex);
@@ -251,26 +250,31 @@ static void start_threads(int workers) {
     }
 }
 
+/* Linux in a virtual machine may wake a thread on this processor although others are idle (their virtual processors
+ * count as preempted), where it would wait for milliseconds. So sleeping threads may not run here until they have woken
+ * up. The caller holds the mutex; two system calls for each thread are worth it for few threads alone. */
+static void keep_off_this_processor(int workers) {
+    enum { FEW = 8 };
+    const int processor = cmb_processor();
+    for (int n = 0; n < workers - 1 && n < pool.threads && n < FEW; n++)
+        if (pool.is_asleep[n])
+            cmb_keep_off(&pool.thread[n], processor);
+}
+
 /* Makes *work the pool's job; returns false if the pool has a job or cannot be used. */
 static bool post_job(job *work) {
     lock_pool();
     const bool taken = pool.usable && !pool.job && !atomic_load(&pool.stopping);
-    bool woken = false;
     if (taken) {
-        work->processor = cmb_processor();
         start_threads(work->workers);
         pool.job = work;
         atomic_fetch_add(&pool.posted, 1);
-        woken = pool.sleeping > 0;
-        if (woken)
+        if (pool.sleeping > 0) {
+            keep_off_this_processor(work->workers);
             cmb_condition_wake_all(&pool.wake);
+        }
     }
     cmb_unlock(&pool.mutex);
-    /* Linux in a virtual machine may wake a thread on this processor although others are idle (their virtual processors
-     * count as preempted), where it would wait for milliseconds. So the caller yields once: the thread runs, and moves
-     * itself. */
-    if (woken && work->processor >= 0)
-        cmb_yield();
     return taken;
 }
 

@@ -67,7 +67,8 @@ void cmb_thread_join(cmb_thread *thread) {
 void cmb_yield(void) { SwitchToThread(); }
 
 int cmb_processor(void) { return -1; }
-void cmb_leave_processor(int processor) { (void)processor; }
+void cmb_keep_off(cmb_thread *thread, int processor) { (void)thread, (void)processor; }
+void cmb_let_on(cmb_thread *thread) { (void)thread; }
 
 bool cmb_at_fork(void (*before)(void), void (*parent)(void), void (*child)(void)) {
     (void)before, (void)parent, (void)child;

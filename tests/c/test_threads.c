@@ -460,7 +460,7 @@ static void workers_block_signals(void) {
 
 /* ---- processors --------------------------------------------------------------------------------- */
 
-#ifdef __linux__
+#ifdef __GLIBC__
 static void affinity_body(void *context, int64_t index, int worker) {
     cpu_set_t allowed;
     (void)index, (void)worker;
@@ -480,24 +480,20 @@ static void affinity_is_kept(void) {
     }
 }
 
-static void leave_processor(void) {
-    cpu_set_t allowed, one;
-    bool has_left = false;
-    CHECK(sched_getaffinity(0, sizeof allowed, &allowed) == 0);
-    for (int n = 0; n < 100 && !has_left && CPU_COUNT(&allowed) > 1; n++) { /* the system may move the thread back */
-        const int processor = cmb_processor();
-        cmb_leave_processor(processor);
-        has_left = cmb_processor() != processor;
-    }
-    CHECK(has_left || CPU_COUNT(&allowed) == 1);
-    const int only = cmb_processor();
-    CPU_ZERO(&one);
-    CPU_SET((size_t)only, &one);
-    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
-    cmb_leave_processor(only); /* there is nowhere to go */
-    cmb_leave_processor(-1);
-    cmb_leave_processor(CPU_SETSIZE);
-    CHECK(sched_getcpu() == only && sched_setaffinity(0, sizeof allowed, &allowed) == 0);
+static void wait_for_end(int number) { (void)number, sleep_ms(20); }
+
+static void kept_off_a_processor(void) {
+    cpu_set_t allowed, set;
+    cmb_thread thread = {.body = wait_for_end};
+    CHECK(sched_getaffinity(0, sizeof allowed, &allowed) == 0 && cmb_thread_start(&thread, 1 << 20));
+    const int processor = cmb_processor(), count = CPU_COUNT(&allowed);
+    cmb_keep_off(&thread, -1);
+    cmb_keep_off(&thread, CPU_SETSIZE);
+    CHECK(thread.kept_off == -1);
+    cmb_keep_off(&thread, processor);
+    CHECK(thread.kept_off == (count > 1 ? processor : -1)); /* one that is the only one stays */
+    CHECK(pthread_getaffinity_np(thread.id, sizeof set, &set) == 0 && CPU_COUNT(&set) == (count > 1 ? count - 1 : 1));
+    cmb_thread_join(&thread);
 }
 #endif
 
@@ -569,9 +565,9 @@ int main(int argc, char **argv) {
         TEST(threads_cannot_start),
         TEST(workers_block_signals),
 #endif
-#ifdef __linux__
+#ifdef __GLIBC__
         TEST(affinity_is_kept),
-        TEST(leave_processor),
+        TEST(kept_off_a_processor),
 #endif
         TEST(float_mode),
     };
