@@ -50,7 +50,7 @@ typedef struct {
     struct {               /* backward: [blocks] as in cmb_rows, of the head's gradients */
         uint8_t *query, *key, *value, *region_query, *region_key, *region_value, *key_bias, *region_bias;
     } unzeroed;
-    cmb_gradient_rows zeroed; /* a shared head's gradients, with the blocks that are to be zeroed */
+    cmb_gradient_rows zeroed; /* by task: the gradients, with the blocks that are to start from zero */
 } cmb_slot;
 
 /* What workers need to share one head's backward. */

@@ -73,8 +73,8 @@ static touched find_touched(const cmb_plan *plan, int32_t task, bool of_position
 
 /* What a call's tasks keep apart. */
 typedef struct {
-    bool positions;        /* those too, and not only regions */
-    int64_t rows, regions; /* at most */
+    bool positions;        /* whether sums for positions are kept apart too, and not only those for regions */
+    int64_t rows, regions; /* the most rows of either kind, and the most regions, that one task keeps apart */
 } kept_apart;
 
 /* Whether in every task the tiles of positions lie behind those of regions, and touch higher positions than the tasks
@@ -159,7 +159,7 @@ static bool is_own(const cmb_plan *plan, const int32_t *place, int64_t x) {
 /* Which rows of a list take part. */
 typedef enum { POSITIONS = 1, REGIONS = 2, ALL = 3 } some_rows;
 
-/* Takes tickets for the list's rows but for those that are the worker's own. */
+/* Takes tickets for the chosen rows of the list, except for rows that are the worker's own. */
 static void take_rows(const cmb_head *head, cmb_list list, some_rows which, cmb_row_kind kind, cmb_item *item) {
     const cmb_plan *plan = head->plan;
     const int32_t *place = kind == CMB_KEY_ROWS ? head->key_row : head->query_row;

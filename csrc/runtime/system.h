@@ -60,8 +60,8 @@ void cmb_yield(void);
 
 /* The processor that this thread runs on; -1 where the system does not say. */
 int cmb_processor(void);
-/* Takes the processor from those that the thread may run on, if others are left; and gives it back, which the thread
- * itself does. */
+/* cmb_keep_off takes the processor from those that the thread may run on, if others are left. cmb_let_on, which the
+ * thread itself calls, gives it back. */
 void cmb_keep_off(cmb_thread *thread, int processor);
 void cmb_let_on(cmb_thread *thread);
 

@@ -12,7 +12,7 @@
  *   waits for rows     until the row serves its ticket (cmb_await_tickets), and adds to them;
  *   releases rows      so that the row serves the next ticket (cmb_release_tickets).
  *
- * Items over the same rows follow one another a few rows apart. The first item that has not ended waits for no other
+ * Tiles over the same rows follow one another a few rows apart. The first item that has not ended waits for no other
  * item, so that no deadlock is possible. Internal.
  */
 #ifndef CMB_TICKETS_H

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* The thread pool and a host's threads: jobs, cancelling, forks, signals and the floating-point mode. */
+/* The thread pool and a host's threads: jobs, cancelling, forks, signals, processors and the floating-point mode. */
 #define _GNU_SOURCE
 #include "runtime/system.h"
 #include "runtime/threads.h"
