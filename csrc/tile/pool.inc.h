@@ -63,9 +63,6 @@ static int32_t count_children(const cmb_head *head, const cmb_pool *pool, cmb_sc
             w->weight[n++] = plan->pooling == CMB_POOL_MEAN ? (REAL)below : 1;
         total += below;
     }
-    int32_t *count = count_of(head, w, pool->row);
-    if (*count != total) /* in backward it is known, and other workers read it */
-        *count = total;
     *children = n;
     return total;
 }
@@ -136,8 +133,9 @@ static void pool_biases(const cmb_head *head, const cmb_pool *pool, int32_t n, i
 /* Whether region r lies in the worker's scratch, for the task at hand. */
 static inline bool is_own(const int32_t *place, int64_t r) { return place && place[r] < 0; }
 
-/* What pool steps make; with OWN_ROWS only the q_R and k_R in the worker's scratch, and the rows that these need. */
-enum { QUERIES = 1, KEYS = 2, BIASES = 4, OWN_ROWS = 8 };
+/* What pool steps make; with OWN_ROWS only the q_R and k_R in the worker's scratch, and the rows that these need.
+ * COUNTS are those of the table, which workers that share a head write before any of them reads. */
+enum { QUERIES = 1, KEYS = 2, BIASES = 4, OWN_ROWS = 8, COUNTS = 16 };
 
 static bool makes_queries(const cmb_head *head, int64_t r, int what) {
     const bool is_scratch_row = r >= head->plan->R;
@@ -162,6 +160,8 @@ static void pool_from(const cmb_head *head, int32_t task, int64_t first, int wha
         if (step->row < first)
             continue;
         const int32_t total = count_children(head, step, w, &n);
+        if (head->counted && (what & COUNTS || step->row >= head->L + plan->R))
+            *count_of(head, w, step->row) = total;
         if (total == 0)
             continue;
         if (head->picked) { /* the first live child: a position, or that child's own pick */
@@ -201,7 +201,7 @@ static void pool(const cmb_head *head, int32_t task, cmb_scratch *w) {
         count_own(head, task, head->query_row, &all_queries);
         count_own(head, task, head->key_row, &all_keys);
     }
-    pool_from(head, task, head->L, (all_queries ? 0 : QUERIES) | (all_keys ? 0 : KEYS) | BIASES, w);
+    pool_from(head, task, head->L, (all_queries ? 0 : QUERIES) | (all_keys ? 0 : KEYS) | BIASES | COUNTS, w);
 }
 
 /* Backward, before a task's tiles: makes the task's own abstractions, and zeroes their gradients. */
