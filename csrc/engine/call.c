@@ -179,7 +179,7 @@ static cmb_slot take_slot_of_group(const cmb_call *call, cmb_arena *arena) {
         slot.unzeroed.region_key = cmb_take(arena, region_blocks, 1);
     if (is_bias_shared(p))
         slot.unzeroed.region_bias = cmb_take(arena, region_blocks, 1);
-    if (call->is_narrow || call->adds) {
+    if (call->is_narrow) {
         slot.position.key_grad = cmb_take(arena, L, (size_t)p->D * size);
         slot.position.value_grad = cmb_take(arena, L, (size_t)p->Dv * size);
     }
@@ -197,7 +197,7 @@ static cmb_slot take_slot(const cmb_call *call, cmb_slot slot, cmb_arena *arena)
     const size_t R = (size_t)call->R, queries = (size_t)call->table_queries, keys = (size_t)call->table_keys;
     const size_t size = call->stage->size, d = (size_t)p->D * size, dv = (size_t)p->Dv * size;
     const bool summarize = p->stages & CMB_SUMMARIZE, attend = p->stages & CMB_ATTEND;
-    const bool is_narrow = call->is_narrow, is_apart = is_narrow || call->adds, backward = call->is_backward;
+    const bool is_narrow = call->is_narrow, backward = call->is_backward;
     slot.count = cmb_take(arena, R, sizeof(int32_t));
     slot.pick = cmb_take(arena, p->plan[0]->pooling == CMB_POOL_FIRST ? R : 0, sizeof(int32_t));
     if (p->region_query.data ? summarize && is_narrow : cmb_pools_query(p))
@@ -213,7 +213,7 @@ static cmb_slot take_slot(const cmb_call *call, cmb_slot slot, cmb_arena *arena)
         slot.softmax = cmb_take(arena, R, 2 * size);
     if (attend && !p->softmax.data)
         slot.position.softmax = cmb_take(arena, positions, 2 * size);
-    if (!backward && is_apart && attend && call->has_multi_tile_queries)
+    if (!backward && (is_narrow || call->adds) && attend && call->has_multi_tile_queries)
         slot.position.result = cmb_take(arena, positions, dv);
     if (!backward)
         return slot;
@@ -223,7 +223,7 @@ static cmb_slot take_slot(const cmb_call *call, cmb_slot slot, cmb_arena *arena)
         slot.key_grad = cmb_take(arena, keys, d);
     if (is_narrow || summarize)
         slot.value_grad = cmb_take(arena, keys, dv);
-    if (is_apart)
+    if (is_narrow)
         slot.position.query_grad = cmb_take(arena, positions, d);
     if (cmb_makes_region_bias(p))
         slot.bias_grad = cmb_take(arena, R, size);

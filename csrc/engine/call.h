@@ -32,7 +32,7 @@ typedef struct {
 /* A head in flight. A table of the workspace is NULL where the caller's own rows are used in place. There are tables
  * - of regions, for what the caller does not pass;
  * - of everything that is written, in float32, for the 16-bit dtypes, whose sums would be rounded term by term;
- * - of what is written for positions, where it is added to the caller's rows (`adds`) once the head is complete. */
+ * - forward, of results that are added to the caller's rows (`adds`) once the head is complete. */
 typedef struct {
     cmb_head_id id;
     cmb_head head;

@@ -7,7 +7,8 @@
  * The components of a mixture are calls of their own, one after the other in the same workspace. What they compute for
  * positions, out or the gradients of query, key and value, meets in one of two ways:
  *
- *   sums     the first component stores its results in the caller's rows, each later one adds its own to them
+ *   sums     the first component stores its results in the caller's rows, each later one adds its own to them: a
+ *            head's out when it is complete, gradients tile by tile
  *   parts    each component stores its results side by side with those of the others, in component_out, or, since sums
  *            of 16-bit numbers would be rounded, in the workspace
  *
