@@ -364,104 +364,11 @@ INLINE vec K(greater)(vec x, vec top) {
     return if_nonzero((bits)(x > top) | ((bits)(x != x) & (bits)(top == top)), x, top);
 }
 
-/* The same for numbers; a NaN in x is ignored. */
-INLINE vec K(larger)(vec x, vec top) { return maximum(x, top); }
-
-/* Vectors of features at a time: chains of maxima that do not wait for each other. */
-enum { K(chains) = 4 };
-
-/* The maxima of `nr` vectors of features from d on; if part > 0, of one vector's first `part` elements. If not
- * `careful` NaNs are ignored: where an element is not finite nothing is stored, and the result is false. */
-INLINE bool K(max_columns)(int nr, int64_t n, const REAL *const *row, int64_t d, int part, REAL *top, bool add,
-                           bool careful) {
-    vec best[K(chains)], poison[K(chains)]; /* 0 while everything is finite, NaN after */
-    const REAL *first = add ? top : row[0];
-    UNROLL
-    for (int j = 0; j < nr; j++) {
-        best[j] = part ? load_part(first + d, part) : load(first + d + j * LANES);
-        poison[j] = best[j] * broadcast(0);
-    }
-    for (int64_t i = add ? 0 : 1; i < n; i++) {
-        const REAL *y = row[i] + d;
-        UNROLL
-        for (int j = 0; j < nr; j++) {
-            const vec x = part ? load_part(y, part) : load(y + j * LANES);
-            best[j] = careful ? K(greater)(x, best[j]) : K(larger)(x, best[j]);
-            poison[j] = careful ? poison[j] : fma_vec(x, broadcast(0), poison[j]);
-        }
-    }
-    UNROLL
-    for (int j = 1; j < nr; j++)
-        poison[0] += poison[j];
-    if (!careful && any((bits)(poison[0] != poison[0])))
-        return false;
-    UNROLL
-    for (int j = 0; j < nr; j++) {
-        if (part)
-            store_part(top + d, best[j], part);
-        else
-            store(top + d + j * LANES, best[j]);
-    }
-    return true;
-}
-
-/* Fast, and again carefully where an element is not finite. For few rows carefully at once. */
-#define MAX_COLUMNS(nr, part)                                           \
-    if (n < 8 || !K(max_columns)(nr, n, row, d, part, top, add, false)) \
-        K(max_columns)(nr, n, row, d, part, top, add, true);
-
-static void K(max_pool)(int64_t n, const REAL *const *row, int64_t dim, REAL *top, bool add) {
-    CMB_ASSERT(n > 0 || add);
-    int64_t d = 0;
-    for (; d + K(chains) * LANES <= dim; d += K(chains) * LANES)
-        MAX_COLUMNS(K(chains), 0)
-    for (; d + LANES <= dim; d += LANES)
-        MAX_COLUMNS(1, 0)
-    if (d < dim)
-        MAX_COLUMNS(1, (int)(dim - d))
-}
-#undef MAX_COLUMNS
-
-INLINE void K(max_columns_backward)(int nr, int64_t n, const REAL *const *row, int64_t d, int part, const REAL *top,
-                                    const REAL *grad, REAL *const *grad_row) {
-    vec best[K(chains)], g[K(chains)];
-    bits left[K(chains)];
-    UNROLL
-    for (int j = 0; j < nr; j++) {
-        best[j] = part ? load_part(top + d, part) : load(top + d + j * LANES);
-        g[j] = part ? load_part(grad + d, part) : load(grad + d + j * LANES);
-        left[j] = (bits){0} == (bits){0};
-    }
-    for (int64_t i = 0; i < n; i++) {
-        const REAL *y = row[i] + d;
-        REAL *z = grad_row[i] + d;
-        UNROLL
-        for (int j = 0; j < nr; j++) {
-            const vec x = part ? load_part(y, part) : load(y + j * LANES);
-            const bits hit = left[j] & ((bits)(x == best[j]) | ((bits)(x != x) & (bits)(best[j] != best[j])));
-            left[j] &= ~hit;
-            if (!any(hit)) /* most of many rows: their gradient is not read */
-                continue;
-            const vec old = part ? load_part(z, part) : load(z + j * LANES);
-            const vec sum = if_nonzero(hit, old + g[j], old);
-            if (part)
-                store_part(z, sum, part);
-            else
-                store(z + j * LANES, sum);
-        }
-    }
-}
-
-static void K(max_pool_backward)(int64_t n, const REAL *const *row, int64_t dim, const REAL *top, const REAL *grad,
-                                 REAL *const *grad_row) {
-    int64_t d = 0;
-    for (; d + K(chains) * LANES <= dim; d += K(chains) * LANES)
-        K(max_columns_backward)(K(chains), n, row, d, 0, top, grad, grad_row);
-    for (; d + LANES <= dim; d += LANES)
-        K(max_columns_backward)(1, n, row, d, 0, top, grad, grad_row);
-    if (d < dim)
-        K(max_columns_backward)(1, n, row, d, (int)(dim - d), top, grad, grad_row);
-}
+#define P(name) K(name)
+#define ROW REAL
+#define LOAD load
+#define LOAD_PART load_part
+#include "kernels/maxima.inc.h"
 
 /* ---- the largest of a column -------------------------------------------------------------------- */
 

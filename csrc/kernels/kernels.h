@@ -124,6 +124,10 @@ CMB_DECLARE_KERNELS(double, f64)
 typedef struct {
     void (*widen)(int64_t n, const uint16_t *x, float *y);  /* exact */
     void (*narrow)(int64_t n, const float *x, uint16_t *y); /* to nearest, ties to even */
+    /* As those of above, of stored rows. */
+    void (*max_pool)(int64_t n, const uint16_t *const *row, int64_t dim, float *top, bool add);
+    void (*max_pool_backward)(int64_t n, const uint16_t *const *row, int64_t dim, const float *top, const float *grad,
+                              float *const *grad_row);
 
     /* gemm, group, pack, interleave, pair and round are absent (NULL or 0) where the instruction set has no such
      * product. a and b are arrays of pointers to words, c is one of pointers to floats. The k words are words

@@ -79,6 +79,18 @@ static void gather_children(const cmb_head *head, const cmb_pool *pool, const po
     }
 }
 
+/* w->stored_child becomes the live children's rows of 16-bit numbers. False where one of them is REAL. */
+static bool gather_stored_children(const cmb_head *head, const cmb_pool *pool, const pooled *rows, cmb_scratch *w) {
+    for (int32_t t = 0, n = 0; is_narrow && t < pool->child.count; t++) {
+        const int32_t x = cmb_list_at(head->plan, pool->child, t);
+        if (x >= head->L)
+            return false;
+        if (is_live_child(head, w, x))
+            w->stored_child[n++] = (const uint16_t *)(const void *)stored_row(rows->position, x).stored;
+    }
+    return is_narrow;
+}
+
 static void gather_child_gradients(const cmb_head *head, const cmb_pool *pool, const pooled *rows, cmb_scratch *w) {
     for (int32_t t = 0, n = 0; t < pool->child.count; t++) {
         const int32_t x = cmb_list_at(head->plan, pool->child, t);
@@ -90,10 +102,15 @@ static void gather_child_gradients(const cmb_head *head, const cmb_pool *pool, c
 static void pool_rows(const cmb_head *head, const cmb_pool *pool, const pooled *rows, int32_t n, int32_t total,
                       cmb_scratch *w) {
     REAL *to = pool_row(head, rows, pool->row);
+    const bool is_max = n > 1 && head->plan->pooling == CMB_POOL_MAX;
+    if (is_max && gather_stored_children(head, pool, rows, w)) {
+        w->format->max_pool(n, w->stored_child, head->D, (float *)to, false);
+        return;
+    }
     gather_children(head, pool, rows, w);
     if (n == 1) { /* the child itself, without rounding, whatever the pooling */
         memcpy(to, w->child[0], (size_t)head->D * sizeof(REAL));
-    } else if (head->plan->pooling == CMB_POOL_MAX) {
+    } else if (is_max) {
         w->kernel->max_pool(n, w->child, head->D, to, false);
     } else {
         const REAL *weight = w->weight;
@@ -229,7 +246,11 @@ static void pool_rows_backward(const cmb_head *head, const cmb_pool *pool, const
     const REAL *top = pool_row(head, rows, pool->row);
     REAL *grad = pool_row(head, grads, pool->row);
     gather_child_gradients(head, pool, grads, w);
-    if (n > 1 && head->plan->pooling == CMB_POOL_MAX) {
+    const bool is_max = n > 1 && head->plan->pooling == CMB_POOL_MAX;
+    if (is_max && gather_stored_children(head, pool, rows, w)) {
+        w->format->max_pool_backward(n, w->stored_child, head->D, (const float *)top, (const float *)grad,
+                                     (float *const *)(void *)w->child_grad);
+    } else if (is_max) {
         gather_children(head, pool, rows, w);
         w->kernel->max_pool_backward(n, w->child, head->D, top, grad, w->child_grad);
     } else {

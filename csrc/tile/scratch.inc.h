@@ -99,6 +99,7 @@ struct cmb_scratch {
     REAL *own_key, *own_key_grad;          /* [keys][D] the k_R */
     REAL *own_value, *own_value_grad;      /* [keys][Dv] forward: the h_R; backward: dh_R */
     const REAL **child;                    /* [children] */
+    const uint16_t **stored_child;         /* [children] */
     REAL **child_grad;                     /* [children] */
     REAL *weight;                          /* [children] */
 };
@@ -143,6 +144,7 @@ static cmb_scratch *take_scratch(cmb_arena *arena, const cmb_scratch_use *use, c
     s.own_key = cmb_take(arena, keys, d * r);
     s.own_value = cmb_take(arena, backward ? 0 : keys, dv * r);
     s.child = cmb_take(arena, c, p);
+    s.stored_child = cmb_take(arena, is_narrow ? c : 0, p);
     s.weight = cmb_take(arena, c, r);
     if (backward) {
         s.packed_grad = cmb_take(arena, dv * CMB_TILE, r);
