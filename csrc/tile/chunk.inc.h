@@ -83,6 +83,12 @@ static inline const REAL *operand(const tile_state *t, table_row row, int64_t di
 /* Rows x, x + step, .. of an array whose rows are REAL, or STORED. */
 static inline void gather_operands(const tile_state *t, cmb_rows rows, bool real, int64_t x, int64_t step, int n,
                                    int64_t dim, REAL *copy, const REAL **to, const cmb_scratch *w) {
+    if (is_paired(t) && real && step == 1 && rows.row == dim && dim % 2 == 0) { /* side by side: all at once */
+        w->format->round(n * dim, (const float *)at(rows, x), (uint16_t *)copy);
+        for (int i = 0; i < n; i++)
+            to[i] = copy + i * (dim / 2);
+        return;
+    }
     for (int i = 0; i < n; i++, x += step)
         to[i] = operand(t, real ? real_row(at(rows, x)) : stored_row(rows, x), dim, copy + i * dim, w);
 }
