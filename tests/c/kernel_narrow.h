@@ -94,6 +94,50 @@ static void half_rows(void) {
         }
 }
 
+/* The largest of each column of stored rows, and where its gradient goes: to the first row that holds it. */
+static void half_maxima(void) {
+    for (int format = 0; format < 2; format++)
+        for (int64_t dim = 1; dim <= 70; dim += 1 + random_below(3))
+            for (int n = 1; n <= 20; n += 1 + random_below(6)) {
+                CASE("%s: the largest of %d rows of %lld", formats[format].name, n, (long long)dim);
+                const bool all_finite = random_below(2);
+                uint16_t **row = take(n, sizeof *row);
+                float **wide = take(n, sizeof *wide), **grad_row = take(n, sizeof *grad_row);
+                float *want = take(dim, sizeof *want), *grad = uniforms_f32(dim, -1, 1);
+                for (int i = 0; i < n; i++) {
+                    row[i] = take(dim, sizeof **row);
+                    wide[i] = take(dim, sizeof **wide);
+                    grad_row[i] = take(dim, sizeof **grad_row);
+                    for (int64_t d = 0; d < dim; d++) /* few numbers, so that some are equal; or any bits, NaN too */
+                        row[i][d] = (uint16_t)(all_finite || random_below(20) ? random_bits() & 0x8300 : random_bits());
+                    half_of(0, format)->widen(dim, row[i], wide[i]);
+                    for (int64_t d = 0; d < dim; d++)
+                        want[d] = i ? greater_f32(wide[i][d], want[d]) : wide[0][d];
+                }
+                for (int isa = 0; isa < cmb_isa_count(); isa++) {
+                    const cmb_narrow_format *half = half_of(isa, format);
+                    float *top = take(dim, sizeof *top);
+                    half->max_pool(n, (const uint16_t *const *)row, dim, top, false);
+                    for (int64_t d = 0; d < dim; d++)
+                        CHECK(same_f32(top[d], want[d]) || (isnan(top[d]) && isnan(want[d])), "%s [%lld]: %s",
+                              isas[isa].name, (long long)d, context);
+                    for (int i = 0; i < n; i++)
+                        memset(grad_row[i], 0, (size_t)dim * sizeof **grad_row);
+                    half->max_pool_backward(n, (const uint16_t *const *)row, dim, top, grad, grad_row);
+                    for (int64_t d = 0; d < dim; d++) {
+                        bool given = false;
+                        for (int i = 0; i < n; i++) {
+                            const bool hit = !given && (wide[i][d] == want[d] || (isnan(wide[i][d]) && isnan(want[d])));
+                            CHECK(grad_row[i][d] == (hit ? grad[d] : 0), "%s row %d [%lld]: %s", isas[isa].name, i,
+                                  (long long)d, context);
+                            given |= hit;
+                        }
+                    }
+                }
+                check_fence();
+            }
+}
+
 /* A random number of bfloat16. */
 static uint16_t random_bf16(void) {
     const float x = (float)uniform(-1, 1);
@@ -278,6 +322,11 @@ static void bench_half(const cmb_narrow_format *half, const char *format) {
         stored[i] = random_bf16();
     MEASURE(ROWS * DIM, "G/s", half->widen(ROWS * DIM, stored, wide), "%s: widen %d", format, ROWS * DIM);
     MEASURE(ROWS * DIM, "G/s", half->narrow(ROWS * DIM, wide, stored), "%s: narrow %d", format, ROWS * DIM);
+    static const uint16_t *stored_row[ROWS];
+    for (int i = 0; i < ROWS; i++)
+        stored_row[i] = stored + i * DIM;
+    MEASURE(ROWS * DIM, "G/s", half->max_pool(ROWS, stored_row, DIM, out, false), "%s: max_pool %d x %d", format, ROWS,
+            DIM);
     if (!half->gemm)
         return;
     MEASURE(PAIRS, "G/s", half->interleave(PAIRS, stored, stored + PAIRS, pairs), "%s: interleave %d", format, PAIRS);

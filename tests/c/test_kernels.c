@@ -207,6 +207,7 @@ int main(int argc, char **argv) {
         BOTH(exp_edges),
         TEST(half_numbers),
         TEST(half_rows),
+        TEST(half_maxima),
         TEST(pairs),
         TEST(exp_of_floats),
         TEST(exp_of_doubles),
