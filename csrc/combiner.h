@@ -140,6 +140,18 @@ typedef struct {
     int32_t pool, tile;
 } cmb_task;
 
+/* Backward, where several workers share a head. */
+typedef struct {
+    /* A worker may take a task at once: in every task the tiles of positions come last, and touch higher positions than
+     * the tasks before, so that the queries of two tasks meet in regions alone. What these add to regions' gradients is
+     * kept apart until its turn comes. */
+    bool by_task;
+    bool are_positions_apart; /* regions of several tasks have positions in common: what is added to positions is kept
+                               * apart too */
+    int64_t rows_apart;       /* rows whose sums a task keeps apart, at most */
+    int64_t tickets_of_task, tickets_of_tile; /* rows that wait for their turn, of one task or of one tile, at most */
+} cmb_plan_sharing;
+
 /* What is derived from a plan's arrays when the plan is made. The arrays that a caller brings leave it empty. */
 typedef struct {
     bool is_fusible;             /* task t of every wave may run before task t + 1 of any wave. A single wave that ends
@@ -164,6 +176,8 @@ typedef struct {
      * tile before, which has attended the first n rows of this tile's one run (those of its own last run under its
      * masks), so that the regions' softmax may continue from the queries'. 0: it begins with nothing attended. */
     const int32_t *reused_rows; /* [tiles] */
+
+    cmb_plan_sharing sharing;
 } cmb_plan_traits;
 
 /* A plan never changes once it is made. Two tasks of one wave write no row in common, and read only what an earlier

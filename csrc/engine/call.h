@@ -50,7 +50,7 @@ typedef struct {
     struct {               /* backward: [blocks] as in cmb_rows, of the head's gradients */
         uint8_t *query, *key, *value, *region_query, *region_key, *region_value, *key_bias, *region_bias;
     } unzeroed;
-    cmb_gradient_rows zeroed; /* by task: the gradients, with the blocks that are to start from zero */
+    cmb_gradient_rows to_zero; /* by task: the gradients, with the blocks that are to start from zero */
 } cmb_slot;
 
 /* What workers need to share one head's backward. */
@@ -109,12 +109,10 @@ typedef struct {
         bool by_task;         /* of the two kinds of items in shared.c */
         cmb_item *item;       /* [workers] */
         int64_t max_tickets;  /* that an item takes */
-        /* By task: whether positions are kept apart too; rows that are kept apart, at most. */
-        bool are_positions_apart;
-        int64_t max_apart;
-        int64_t group_head; /* the query head at hand, or the first of `lanes`, counted within its group */
-        int32_t wave;       /* the wave whose pools are at hand */
-        void *sink;         /* [B, components, segments, Hq] the gradient of each head's sink, where there are sinks */
+        int64_t max_apart;    /* by task: rows whose sums a task keeps apart */
+        int64_t group_head;   /* the query head at hand, or the first of `lanes`, counted within its group */
+        int32_t wave;         /* the wave whose pools are at hand */
+        void *sink; /* [B, components, segments, Hq] the gradient of each head's sink, where there are sinks */
     } backward;
 } cmb_call;
 
@@ -166,18 +164,6 @@ void cmb_run_shared(cmb_call *call);
 void cmb_store_sinks(const cmb_call *call);
 
 /* ---- tasks and tiles of a plan ------------------------------------------------------------------ */
-
-static inline int32_t cmb_tasks_in(const cmb_plan *plan, int32_t wave) {
-    return wave < plan->waves ? plan->wave[wave + 1] - plan->wave[wave] : 0;
-}
-
-/* Tasks of the longest wave. */
-static inline int32_t cmb_longest_wave(const cmb_plan *plan) {
-    int32_t most = 0;
-    for (int32_t wave = 0; wave < plan->waves; wave++)
-        most = cmb_tasks_in(plan, wave) > most ? cmb_tasks_in(plan, wave) : most;
-    return most;
-}
 
 /* Whether `lanes` heads run the tile together. */
 static inline bool cmb_is_of_lanes(const cmb_call *call, const cmb_plan *plan, int32_t tile) {

@@ -297,7 +297,7 @@ static void begin_bias_gradients(const cmb_call *call, cmb_slot *slot) {
     if (given->data || slot->bias_grad) {
         const cmb_rows callers = regions_as_computed(call, summarize ? &g->region_bias : &g->summary_bias, id);
         head->grad.region_bias = sums_of(own_or(slot->bias_grad, 1, callers), head->R, 1, slot->unzeroed.region_bias,
-                                        first || !given->data || given->heads == p->Hq);
+                                         first || !given->data || given->heads == p->Hq);
     }
     const cmb_array *summary = &g->summary_bias; /* of Hk heads: one array for a group, which adds it once */
     if (summarize && summary->data && head->grad.region_bias.data && id->h % (p->Hq / summary->heads) == 0)
@@ -341,7 +341,7 @@ void cmb_begin_gradients(const cmb_call *call, cmb_slot *slot, int worker) {
     head->grad.region_key =
         sums_of(own_or(slot->key_grad, D, region_key), keys, D, slot->unzeroed.region_key, begins_key);
     head->grad.region_value = sums_of(own_or(slot->value_grad, Dv, summarize ? no_rows : summary_value), keys, Dv,
-                                     slot->unzeroed.region_value, true);
+                                      slot->unzeroed.region_value, true);
     begin_bias_gradients(call, slot);
     if (!summarize)
         return;

@@ -21,132 +21,23 @@
 
 /* ---- which kind, and how much memory ------------------------------------------------------------ */
 
-static bool is_of_positions(const cmb_plan *plan, int32_t tile) {
-    return cmb_list_at(plan, plan->tile[tile].query, 0) < plan->L;
-}
-
-/* Whether a task has tiles of positions: then its last tile is one, where all tiles of regions come first. */
-static bool attends(const cmb_plan *plan, int32_t task) {
-    const int32_t end = plan->task[task + 1].tile;
-    return end > plan->task[task].tile && is_of_positions(plan, end - 1);
-}
-
-static void widen(cmb_row_range *range, cmb_row_range by) {
-    *range = (cmb_row_range){cmb_min(range->low, by.low), cmb_max(range->high, by.high)};
-}
-
-/* Widens *range to the positions of the list. Returns how many regions the list has. */
-static int64_t meet_rows(const cmb_plan *plan, cmb_list list, cmb_row_range *range) {
-    int64_t regions = 0;
-    if (cmb_are_positions(plan, list)) {
-        widen(range, cmb_list_range(list));
-        return 0;
-    }
-    for (int32_t n = 0; n < list.count; n++) {
-        const int64_t x = cmb_list_at(plan, list, n);
-        regions += x >= plan->L;
-        if (x < plan->L)
-            widen(range, (cmb_row_range){x, x});
-    }
-    return regions;
-}
-
-/* What the tiles of a task touch, those of positions or those of regions. */
-typedef struct {
-    cmb_row_range range;   /* positions; the lowest is L if there are none */
-    int64_t rows, regions; /* attended, counted for each tile */
-} touched;
-
-static touched find_touched(const cmb_plan *plan, int32_t task, bool of_positions) {
-    touched it = {.range = {plan->L, -1}};
-    for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++) {
-        if (is_of_positions(plan, tile) != of_positions)
-            continue;
-        meet_rows(plan, plan->tile[tile].query, &it.range);
-        for (int32_t run = plan->tile[tile].run; run < plan->tile[tile + 1].run; run++) {
-            it.regions += meet_rows(plan, plan->run[run].row, &it.range);
-            it.rows += plan->run[run].row.count;
-        }
-    }
-    return it;
-}
-
-/* What a call's tasks keep apart. */
-typedef struct {
-    bool positions;        /* whether sums for positions are kept apart too, and not only those for regions */
-    int64_t rows, regions; /* the most rows of either kind, and the most regions, that one task keeps apart */
-} kept_apart;
-
-/* Whether in every task the tiles of positions lie behind those of regions, and touch higher positions than the tasks
- * before. (Queries of a slice are counted from 0, which makes the answer more cautious.) Widens *apart to what the
- * plan's tasks keep apart: positions too, if the regions of several tasks have some in common. */
-static bool may_go_by_task(const cmb_plan *plan, kept_apart *apart) {
-    int64_t end = 0, summarized = 0;
-    for (int32_t task = 0; task < plan->tasks; task++) {
-        for (int32_t tile = plan->task[task].tile + 1; tile < plan->task[task + 1].tile; tile++)
-            if (is_of_positions(plan, tile - 1) && !is_of_positions(plan, tile))
-                return false;
-        const touched attended = find_touched(plan, task, true), members = find_touched(plan, task, false);
-        if (attended.range.low < end)
-            return false;
-        end = cmb_max(end, attended.range.high + 1);
-        apart->positions |= members.range.low < summarized;
-        summarized = cmb_max(summarized, members.range.high + 1);
-        apart->rows = cmb_max(apart->rows, attends(plan, task) ? attended.rows + members.rows : 0);
-        apart->regions = cmb_max(apart->regions, attended.regions);
-    }
-    return true;
-}
-
-/* Tickets of a task's tiles and pools together; or the most that one of these takes. */
-static int64_t count_tickets(const cmb_plan *plan, int32_t task, bool together) {
-    int64_t most = 0, rows = 0;
-    for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++) {
-        rows = (together ? rows : 0) + 2 * (int64_t)plan->tile[tile].query.count;
-        for (int32_t run = plan->tile[tile].run; run < plan->tile[tile + 1].run; run++)
-            rows += plan->run[run].row.count;
-        most = cmb_max(most, rows);
-    }
-    rows = together ? rows : 0;
-    for (int32_t p = plan->task[task].pool; p < plan->task[task + 1].pool; p++)
-        rows += 2 * (1 + (int64_t)plan->pool[p].child.count);
-    return cmb_max(most, rows);
-}
-
-/* Whether an item by task begins with this task. Items go from the last task to the first. */
-static bool begins_item(const cmb_plan *plan, int32_t task) { return !plan->traits.is_fusible || attends(plan, task); }
-
-/* Tickets that an item takes at most. */
-static int64_t most_tickets(const cmb_plan *plan, bool by_task) {
-    int64_t most = 0, rows = 0;
-    for (int32_t t = cmb_longest_wave(plan) - 1; t >= 0; t--)
-        for (int32_t wave = plan->waves - 1; wave >= 0; wave--) {
-            const int32_t task = plan->wave[wave] + t;
-            if (t >= cmb_tasks_in(plan, wave))
-                continue;
-            rows = (by_task && !begins_item(plan, task) ? rows : 0) + count_tickets(plan, task, by_task);
-            most = cmb_max(most, rows);
-        }
-    return most;
-}
-
 void cmb_plan_shared(cmb_call *call) {
     enum { MOST = 2048 }; /* 1 MiB of 64 features in float32: what is kept apart should stay in the cache */
     const cmb_problem *p = call->problem;
-    kept_apart apart = {0};
+    int64_t tasks = 0, apart = 0, of_task = 0, of_tile = 0;
     bool by_task = !call->are_heads_lanes;
-    for (int64_t i = 0; i < p->plans; i++)
-        by_task = by_task && may_go_by_task(p->plan[i], &apart);
-    const int64_t rows = apart.positions ? apart.rows : apart.regions;
-    int32_t tasks = 0;
-    for (int64_t i = 0; i < p->plans; i++)
-        tasks = cmb_longest_wave(p->plan[i]) > tasks ? cmb_longest_wave(p->plan[i]) : tasks;
-    by_task = by_task && rows <= MOST && tasks >= call->workers; /* fewer tasks would leave workers idle */
+    for (int64_t i = 0; i < p->plans; i++) {
+        const cmb_plan_sharing *plan = &p->plan[i]->traits.sharing;
+        by_task = by_task && plan->by_task;
+        tasks = cmb_max(tasks, cmb_longest_wave(p->plan[i]));
+        apart = cmb_max(apart, plan->rows_apart);
+        of_task = cmb_max(of_task, plan->tickets_of_task);
+        of_tile = cmb_max(of_tile, plan->tickets_of_tile);
+    }
+    by_task = by_task && apart <= MOST && tasks >= call->workers; /* fewer tasks would leave workers idle */
     call->backward.by_task = by_task;
-    call->backward.are_positions_apart = apart.positions;
-    call->backward.max_apart = by_task ? rows : 0;
-    for (int64_t i = 0; i < p->plans; i++)
-        call->backward.max_tickets = cmb_max(call->backward.max_tickets, most_tickets(p->plan[i], by_task));
+    call->backward.max_apart = by_task ? apart : 0;
+    call->backward.max_tickets = by_task ? of_task : of_tile;
 }
 
 /* Whether row x is a scratch row, or its q_R or k_R lies in the worker's scratch: `place` is query_row or key_row. */
@@ -189,7 +80,7 @@ static void take_attended(const cmb_head *head, int32_t tile, some_rows which, c
 static void take_queries(const cmb_head *head, int32_t tile, cmb_item *item) {
     const cmb_list query = head->plan->tile[tile].query;
     take_rows(head, query, ALL, CMB_QUERY_ROWS, item);
-    if (!is_of_positions(head->plan, tile))
+    if (!cmb_is_of_positions(head->plan, tile))
         take_rows(head, query, ALL, CMB_KEY_ROWS, item);
 }
 
@@ -307,7 +198,7 @@ static void begin_zeroing(const cmb_call *call, cmb_slot *slot) {
     cmb_gradient_rows *g = &slot->head.grad;
     zero_blocks(call, g->key_bias);
     zero_blocks(call, g->region_bias);
-    slot->zeroed = *g;
+    slot->to_zero = *g;
     g->query.unzeroed = g->key.unzeroed = g->value.unzeroed = NULL;
     g->region_query.unzeroed = g->region_key.unzeroed = g->region_value.unzeroed = NULL;
 }
@@ -319,7 +210,7 @@ static void zero_row(const cmb_call *call, const cmb_rows *rows, int64_t x) {
 
 /* Zeroes the gradients that a lock guards, if they are to start from zero. */
 static void zero_gradients(const cmb_call *call, const cmb_slot *slot, int64_t lock, int64_t rows) {
-    const cmb_gradient_rows *g = &slot->zeroed;
+    const cmb_gradient_rows *g = &slot->to_zero;
     const bool is_of_key = lock >= rows;
     const int32_t *place = is_of_key ? slot->head.key_row : slot->head.query_row;
     const int64_t x = lock % rows, r = x - slot->head.L, at = r < 0 ? x : place ? place[r] : r;
@@ -348,7 +239,7 @@ static void clear_blocks(cmb_rows rows) {
  */
 static void end_zeroing(const cmb_call *call, const cmb_slot *slot, const cmb_tickets *tickets, int worker) {
     enum { POLL_ROWS = 1 << 12 };
-    const cmb_gradient_rows *g = &slot->zeroed;
+    const cmb_gradient_rows *g = &slot->to_zero;
     for (int64_t lock = 0; lock < 2 * tickets->rows; lock++) {
         const int32_t *place = lock < tickets->rows ? slot->head.query_row : slot->head.key_row;
         if (lock % POLL_ROWS == 0 && cmb_cancelled(call->cancel, worker))
@@ -369,29 +260,29 @@ static void number_tasks(const cmb_slot *slot, cmb_sharing *sharing) {
     const cmb_plan *plan = slot->head.plan;
     sharing->items = 0;
     for (int32_t i = plan->tasks - 1; i >= 0; i--)
-        if (sharing->items == 0 || begins_item(plan, slot->order[i]))
+        if (sharing->items == 0 || cmb_begins_item(plan, slot->order[i]))
             sharing->first_item[sharing->items++] = i;
     sharing->first_item[sharing->items] = -1;
 }
 
 /* The rows that a task's tiles of positions add to. */
-static void take_at_once(const cmb_call *call, const cmb_head *head, int32_t task, cmb_item *item) {
+static void take_at_once(const cmb_head *head, int32_t task, cmb_item *item) {
     const cmb_plan *plan = head->plan;
     for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++)
-        if (is_of_positions(plan, tile)) {
+        if (cmb_is_of_positions(plan, tile)) {
             take_queries(head, tile, item);
-            if (!call->backward.are_positions_apart)
+            if (!plan->traits.sharing.are_positions_apart)
                 take_attended(head, tile, POSITIONS, item);
         }
 }
 
 /* The rows to which sums that were kept apart are added, and those of the task's tiles of regions and of its pools. */
-static void take_for_later(const cmb_call *call, const cmb_head *head, int32_t task, cmb_item *item) {
+static void take_for_later(const cmb_head *head, int32_t task, cmb_item *item) {
     const cmb_plan *plan = head->plan;
-    const some_rows apart = call->backward.are_positions_apart ? ALL : REGIONS;
+    const some_rows apart = plan->traits.sharing.are_positions_apart ? ALL : REGIONS;
     for (int32_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++) {
-        take_attended(head, tile, is_of_positions(plan, tile) ? apart : ALL, item);
-        if (!is_of_positions(plan, tile))
+        take_attended(head, tile, cmb_is_of_positions(plan, tile) ? apart : ALL, item);
+        if (!cmb_is_of_positions(plan, tile))
             take_queries(head, tile, item);
     }
     if (head->stages & CMB_SUMMARIZE)
@@ -412,12 +303,12 @@ static bool reads_own(const cmb_head *head, int32_t tile) {
 static bool run_task(const cmb_call *call, const cmb_head *head, int32_t task, cmb_item *item, int worker) {
     const cmb_plan *plan = head->plan;
     cmb_scratch *scratch = call->scratch[worker];
-    const bool positions = call->backward.are_positions_apart && attends(plan, task);
+    const bool positions = plan->traits.sharing.are_positions_apart && cmb_attends(plan, task);
     const int32_t first = plan->task[task].tile;
     int32_t tile = plan->task[task + 1].tile - 1;
     call->stage->pool_own(head, task, scratch);
     call->stage->keep_apart(positions, scratch);
-    for (; tile >= first && (is_of_positions(plan, tile) || (positions && reads_own(head, tile))); tile--)
+    for (; tile >= first && (cmb_is_of_positions(plan, tile) || (positions && reads_own(head, tile))); tile--)
         call->stage->tile_backward(head, tile, cmb_counterpart(plan, tile, task, task - 1), scratch, NULL);
     if (cmb_cancelled(call->cancel, worker) || !cmb_await_tickets(item, item->held, item->count))
         return false;
@@ -436,10 +327,10 @@ static void run_tasks(const cmb_call *call, int64_t n, int32_t number, int worke
     cmb_item *item = &call->backward.item[worker];
     if (!cmb_enter(item, number))
         return;
-    take_at_once(call, &slot->head, slot->order[first[0]], item);
+    take_at_once(&slot->head, slot->order[first[0]], item);
     item->held = item->count;
     for (int32_t i = first[0]; i > first[1]; i--)
-        take_for_later(call, &slot->head, slot->order[i], item);
+        take_for_later(&slot->head, slot->order[i], item);
     item->repeats = false; /* a row's first ticket comes before its others, and all rows are released together */
     CMB_ASSERT(item->count <= call->backward.max_tickets);
     cmb_entered(item);

@@ -53,31 +53,31 @@ INLINE words f16_narrow(words x) {
 #define PAIRS .gemm = NULL
 #endif
 
-#define FORMAT(format)                                                                        \
-    INLINE vec format##_load(const uint16_t *p) {                                             \
-        return (vec)format##_widen(words_of(*(const unaligned_halves *)p));                   \
-    }                                                                                         \
-    INLINE vec format##_load_part(const uint16_t *p, int n) {                                 \
-        halves part = {0};                                                                    \
-        memcpy(&part, p, (size_t)n * sizeof *p);                                              \
-        return (vec)format##_widen(words_of(part));                                           \
-    }                                                                                         \
-    static void format##_widen_row(int64_t n, const uint16_t *x, float *y) {                  \
-        int64_t i = 0;                                                                        \
-        for (; i + LANES <= n; i += LANES)                                                    \
-            store(y + i, format##_load(x + i));                                               \
-        if (i < n)                                                                            \
-            store_part(y + i, format##_load_part(x + i, (int)(n - i)), (int)(n - i));         \
-    }                                                                                         \
-    static void format##_narrow_row(int64_t n, const float *x, uint16_t *y) {                 \
-        int64_t i = 0;                                                                        \
-        for (; i + LANES <= n; i += LANES)                                                    \
-            *(unaligned_halves *)(y + i) = halves_of(format##_narrow((words)load(x + i)));    \
-        if (i < n) {                                                                          \
-            const words rest = format##_narrow((words)load_part(x + i, (int)(n - i)));        \
-            const halves last = halves_of(rest);                                              \
-            memcpy(y + i, &last, (size_t)(n - i) * sizeof *y);                                \
-        }                                                                                     \
+#define FORMAT(format)                                                                     \
+    INLINE vec format##_load(const uint16_t *p) {                                          \
+        return (vec)format##_widen(words_of(*(const unaligned_halves *)p));                \
+    }                                                                                      \
+    INLINE vec format##_load_part(const uint16_t *p, int n) {                              \
+        halves part = {0};                                                                 \
+        memcpy(&part, p, (size_t)n * sizeof *p);                                           \
+        return (vec)format##_widen(words_of(part));                                        \
+    }                                                                                      \
+    static void format##_widen_row(int64_t n, const uint16_t *x, float *y) {               \
+        int64_t i = 0;                                                                     \
+        for (; i + LANES <= n; i += LANES)                                                 \
+            store(y + i, format##_load(x + i));                                            \
+        if (i < n)                                                                         \
+            store_part(y + i, format##_load_part(x + i, (int)(n - i)), (int)(n - i));      \
+    }                                                                                      \
+    static void format##_narrow_row(int64_t n, const float *x, uint16_t *y) {              \
+        int64_t i = 0;                                                                     \
+        for (; i + LANES <= n; i += LANES)                                                 \
+            *(unaligned_halves *)(y + i) = halves_of(format##_narrow((words)load(x + i))); \
+        if (i < n) {                                                                       \
+            const words rest = format##_narrow((words)load_part(x + i, (int)(n - i)));     \
+            const halves last = halves_of(rest);                                           \
+            memcpy(y + i, &last, (size_t)(n - i) * sizeof *y);                             \
+        }                                                                                  \
     }
 FORMAT(bf16)
 FORMAT(f16)
@@ -95,13 +95,13 @@ FORMAT(f16)
 #define LOAD_PART f16_load_part
 #include "kernels/maxima.inc.h"
 
-#define TABLE(format, ...)                                          \
-    const cmb_narrow_format NAME3(cmb_narrow_, ISA, format) = {     \
-        .widen = format##_widen_row,                                \
-        .narrow = format##_narrow_row,                              \
-        .max_pool = format##_max_pool,                              \
-        .max_pool_backward = format##_max_pool_backward,            \
-        __VA_ARGS__,                                                \
+#define TABLE(format, ...)                                      \
+    const cmb_narrow_format NAME3(cmb_narrow_, ISA, format) = { \
+        .widen = format##_widen_row,                            \
+        .narrow = format##_narrow_row,                          \
+        .max_pool = format##_max_pool,                          \
+        .max_pool_backward = format##_max_pool_backward,        \
+        __VA_ARGS__,                                            \
     };
 TABLE(bf16, PAIRS)
 TABLE(f16, .gemm = NULL)

@@ -16,6 +16,9 @@ cmb_status cmb_copy_plan(const cmb_plan *from, bool is_step, cmb_cancel *cancel,
  * key_row has a block of its own. */
 cmb_status cmb_derive_traits(cmb_plan *plan, int32_t *rows, cmb_cancel *cancel, cmb_error *error);
 
+/* Finds traits.sharing, once is_fusible is known. */
+void cmb_find_sharing(cmb_plan *plan, cmb_cancel *cancel);
+
 /* memcpy in pieces, between which a cancel is heard: the first touch of memory is slow. */
 void cmb_copy_bytes(cmb_cancel *cancel, void *to, const void *from, size_t bytes);
 

@@ -84,6 +84,36 @@ static inline bool cmb_is_heads_tile(const cmb_plan *plan, const cmb_tile *tile)
     return true;
 }
 
+/* ---- tasks and tiles ---- */
+
+static inline int32_t cmb_tasks_in(const cmb_plan *plan, int32_t wave) {
+    return wave < plan->waves ? plan->wave[wave + 1] - plan->wave[wave] : 0;
+}
+
+/* Tasks of the longest wave. */
+static inline int32_t cmb_longest_wave(const cmb_plan *plan) {
+    int32_t most = 0;
+    for (int32_t wave = 0; wave < plan->waves; wave++)
+        most = cmb_tasks_in(plan, wave) > most ? cmb_tasks_in(plan, wave) : most;
+    return most;
+}
+
+static inline bool cmb_is_of_positions(const cmb_plan *plan, int32_t tile) {
+    return cmb_list_at(plan, plan->tile[tile].query, 0) < plan->L;
+}
+
+/* Whether the task's last tile is of positions. Where such tiles come last, the task has one only then. */
+static inline bool cmb_attends(const cmb_plan *plan, int32_t task) {
+    const int32_t end = plan->task[task + 1].tile;
+    return end > plan->task[task].tile && cmb_is_of_positions(plan, end - 1);
+}
+
+/* Whether an item of a shared head begins with this task (traits.sharing.by_task). Items go from the last task to the
+ * first. */
+static inline bool cmb_begins_item(const cmb_plan *plan, int32_t task) {
+    return !plan->traits.is_fusible || cmb_attends(plan, task);
+}
+
 /* How many regions pick: all with CMB_POOL_FIRST, else none. */
 static inline int64_t cmb_picking_regions(const cmb_plan *plan) {
     return plan->pooling == CMB_POOL_FIRST ? plan->R : 0;

@@ -377,6 +377,7 @@ cmb_status cmb_derive_traits(cmb_plan *plan, int32_t *rows, cmb_cancel *cancel, 
         find_picks(plan, rows + plan->R, row, cancel);
         find_reused_rows(plan, rows + 2 * (int64_t)plan->R, row, cancel);
     }
+    cmb_find_sharing(plan, cancel);
     traits->only_attends = plan->pools == 0 && attends_regions(plan, cancel);
     const cmb_status status = find_key_rows(plan, row, cancel, error);
     cmb_release(row);

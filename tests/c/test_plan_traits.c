@@ -385,6 +385,65 @@ static void test_long_lists_are_judged_by_their_ends(void) {
         }
 }
 
+/* ---- how workers share a head ---- */
+
+/* Of the tiles of positions, or of regions, in a task: the rows that they attend, how many of these are regions, and
+ * the lowest and highest position that they touch. */
+typedef struct {
+    int64_t rows, regions, low, high;
+} met;
+
+static met meet(const cmb_plan *plan, int64_t task, bool of_positions) {
+    met it = {.low = plan->L, .high = -1};
+    for (int64_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++) {
+        if ((row_at(plan, plan->tile[tile].query, 0) < plan->L) != of_positions)
+            continue;
+        for (int64_t run = plan->tile[tile].run - 1; run < plan->tile[tile + 1].run; run++) {
+            const bool is_query = run < plan->tile[tile].run;
+            const cmb_list list = is_query ? plan->tile[tile].query : plan->run[run].row;
+            for (int64_t n = 0; n < list.count; n++) {
+                const int64_t row = row_at(plan, list, n);
+                it.rows += !is_query;
+                it.regions += !is_query && row >= plan->L;
+                it.low = row < plan->L && row < it.low ? row : it.low;
+                it.high = row < plan->L && row > it.high ? row : it.high;
+            }
+        }
+    }
+    return it;
+}
+
+static void check_sharing(const factorization *f, const cmb_plan *plan) {
+    const cmb_plan_sharing *got = &plan->traits.sharing;
+    bool by_task = true, are_apart = false;
+    int64_t rows = 0, regions = 0, attended = -1, summarized = -1;
+    for (int64_t task = 0; task < plan->tasks; task++) {
+        const met positions = meet(plan, task, true), members = meet(plan, task, false);
+        by_task = by_task && positions.low > attended;
+        for (int64_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile - 1; tile++)
+            by_task = by_task && (row_at(plan, plan->tile[tile].query, 0) >= plan->L ||
+                                  row_at(plan, plan->tile[tile + 1].query, 0) < plan->L);
+        are_apart = are_apart || members.low <= summarized;
+        attended = positions.high > attended ? positions.high : attended;
+        summarized = members.high > summarized ? members.high : summarized;
+        if (positions.high >= 0)
+            rows = positions.rows + members.rows > rows ? positions.rows + members.rows : rows;
+        regions = positions.regions > regions ? positions.regions : regions;
+    }
+    CHECK(got->by_task == by_task, "kind %d L %lld span %lld", (int)f->kind, (long long)f->L, (long long)f->span);
+    if (by_task)
+        CHECK(got->are_positions_apart == are_apart && got->rows_apart == (are_apart ? rows : regions),
+              "kind %d L %lld span %lld: %lld rows", (int)f->kind, (long long)f->L, (long long)f->span,
+              (long long)got->rows_apart);
+    const bool has_spans = (f->kind == FIXED || f->kind == TREE) && f->span <= 125 && f->span < f->L;
+    if ((has_spans || f->kind == LOGSPARSE || f->kind == HIERARCHICAL) && !f->is_sparse)
+        CHECK(got->by_task, "kind %d L %lld", (int)f->kind, (long long)f->L);
+    if (f->kind == DENSE && f->L > 1000)
+        CHECK(!got->by_task, "L %lld", (long long)f->L);
+}
+
+static void test_sharing(void) { with_many_plans(check_sharing); }
+
 int main(int argc, char **argv) {
     const test_case tests[] = {
         TEST(test_fusible),
@@ -393,6 +452,7 @@ int main(int argc, char **argv) {
         TEST(test_own_rows),
         TEST(test_picks),
         TEST(test_reused_rows),
+        TEST(test_sharing),
         TEST(test_a_region_of_two_tiles_keeps_the_first),
         TEST(test_long_lists_are_judged_by_their_ends),
     };
