@@ -142,14 +142,15 @@ typedef struct {
 
 /* Backward, where several workers share a head. */
 typedef struct {
-    /* A worker may take a task at once: in every task the tiles of positions come last, and touch higher positions than
-     * the tasks before, so that the queries of two tasks meet in regions alone. What these add to regions' gradients is
-     * kept apart until its turn comes. */
+    /* A worker may take a whole task: in every task the tiles of positions come last, and touch higher positions than
+     * the tasks before, so that the queries of two tasks meet in regions alone. What a task's queries add to the
+     * gradients of regions is kept apart until the task's turn comes. */
     bool by_task;
-    bool are_positions_apart; /* regions of several tasks have positions in common: what is added to positions is kept
-                               * apart too */
-    int64_t rows_apart;       /* rows whose sums a task keeps apart, at most */
-    int64_t tickets_of_task, tickets_of_tile; /* rows that wait for their turn, of one task or of one tile, at most */
+    /* By task: regions of several tasks have positions in common, so that what is added to positions is kept apart too;
+     * rows whose sums a task keeps apart, at most; rows that an item of tasks waits for, at most. */
+    bool are_positions_apart;
+    int64_t rows_apart, tickets_of_task;
+    int64_t tickets_of_tile; /* rows that a tile, or the pools of a task, waits for, at most */
 } cmb_plan_sharing;
 
 /* What is derived from a plan's arrays when the plan is made. The arrays that a caller brings leave it empty. */

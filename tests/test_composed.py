@@ -220,7 +220,7 @@ def test_a_mixture_is_the_mean_of_its_components(rng, pattern, is_causal):
         assert out.tobytes() == (sum(own for own, _ in each) / len(each)).tobytes()
         close(combiner.attention_weights(q, k, pattern, **options, **given), sum(weights) / len(weights), 1e-14, "W")
         parts = [combiner.attention_backward(grad_out, own) for _, own in each]
-        for n in range(3):  # one sum over all components, so in another order
+        for n in range(3):  # one sum over all components, in another order: some hundred terms, rounded by 1e-16 each
             close(gradients[n], sum(own[n] for own in parts) / len(parts), 1e-13, gradients._fields[n])
         for n, name in enumerate(("region_query", "region_key"), 3):
             if name in given:

@@ -241,9 +241,9 @@ static cmb_slot take_slot(const cmb_call *call, cmb_slot slot, cmb_arena *arena)
     return slot;
 }
 
-static cmb_sharing take_sharing(const cmb_call *call, cmb_arena *arena) {
+static cmb_shared_head take_shared_head(const cmb_call *call, cmb_arena *arena) {
     const size_t locks = 2 * (size_t)(call->L + call->R);
-    cmb_sharing it = {0};
+    cmb_shared_head it = {0};
     it.tickets.dispenser = cmb_take(arena, locks, sizeof *it.tickets.dispenser);
     it.tickets.now_serving = cmb_take(arena, locks, sizeof *it.tickets.now_serving);
     it.first_item = cmb_take(arena, (size_t)call->tasks + 1, sizeof *it.first_item);
@@ -259,7 +259,7 @@ void cmb_take_workspace(cmb_call *call, cmb_arena *arena) {
     call->forward.first_task = cmb_take(arena, slots + 1, sizeof *call->forward.first_task);
     call->forward.finished =
         cmb_take(arena, is_fused ? slots * (size_t)call->waves : 0, sizeof *call->forward.finished);
-    call->backward.sharing = cmb_take(arena, (size_t)call->backward.shared, sizeof *call->backward.sharing);
+    call->backward.shared_head = cmb_take(arena, (size_t)call->backward.shared, sizeof *call->backward.shared_head);
     call->backward.item = cmb_take(arena, shares ? workers : 0, sizeof *call->backward.item);
     const bool is_taken = arena->base;
     const cmb_scratch_use use = {.isa = call->isa,
@@ -291,9 +291,9 @@ void cmb_take_workspace(cmb_call *call, cmb_arena *arena) {
             call->scratch[n] = scratch;
     }
     for (int64_t n = 0; n < call->backward.shared; n++) {
-        const cmb_sharing sharing = take_sharing(call, arena);
+        const cmb_shared_head shared_head = take_shared_head(call, arena);
         if (is_taken)
-            call->backward.sharing[n] = sharing;
+            call->backward.shared_head[n] = shared_head;
     }
     for (int n = 0; shares && n < call->workers; n++) {
         cmb_ticket *ticket = cmb_take(arena, (size_t)call->backward.max_tickets, sizeof *ticket);

@@ -59,7 +59,7 @@ typedef struct {
     int32_t items;
     int32_t *first_item; /* [tasks + 1] by tile: the first item of each task, in the order of cmb_slot.order. By task:
                           * where in that order each item begins, then -1 */
-} cmb_sharing;
+} cmb_shared_head;
 
 typedef struct {
     const cmb_problem *given;         /* of all components */
@@ -104,14 +104,14 @@ typedef struct {
     } forward;
 
     struct {
-        int64_t shared;       /* the last `shared` of the heads: each is computed by all workers together */
-        cmb_sharing *sharing; /* [shared]; `lanes` query heads of each are the first slots */
-        bool by_task;         /* of the two kinds of items in shared.c */
-        cmb_item *item;       /* [workers] */
-        int64_t max_tickets;  /* that an item takes */
-        int64_t max_apart;    /* by task: rows whose sums a task keeps apart */
-        int64_t group_head;   /* the query head at hand, or the first of `lanes`, counted within its group */
-        int32_t wave;         /* the wave whose pools are at hand */
+        int64_t shared;               /* the last `shared` of the heads: each is computed by all workers together */
+        cmb_shared_head *shared_head; /* [shared]; `lanes` query heads of each are the first slots */
+        bool by_task;                 /* of the two kinds of items in shared.c */
+        cmb_item *item;               /* [workers] */
+        int64_t max_tickets;          /* that an item takes */
+        int64_t max_apart;            /* by task: rows whose sums a task keeps apart */
+        int64_t group_head;           /* the query head at hand, or the first of `lanes`, counted within its group */
+        int32_t wave;                 /* the wave whose pools are at hand */
         void *sink; /* [B, components, segments, Hq] the gradient of each head's sink, where there are sinks */
     } backward;
 } cmb_call;

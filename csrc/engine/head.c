@@ -257,15 +257,24 @@ void cmb_end_results(const cmb_call *call, const cmb_slot *slot, int worker) {
 
 /* ---- gradients ---------------------------------------------------------------------------------- */
 
-/* Rows that gradients are added to. They start from zero, and are zeroed block by block, when one of a block's rows is
- * first touched or by zero_rest; `first` marks all blocks as unzeroed. With `unzeroed` NULL they hold sums already. */
-static cmb_rows sums_of(cmb_rows rows, int64_t count, int64_t dim, uint8_t *unzeroed, bool first) {
-    CMB_ASSERT(count == 0 || rows.data);
+/* Rows that are to start from zero. They are zeroed block by block, when one of a block's rows is first touched or by
+ * zero_rest; `first` marks all blocks as unzeroed. */
+static cmb_rows zeroed(cmb_rows rows, int64_t count, int64_t dim, uint8_t *unzeroed, bool first) {
+    CMB_ASSERT(count == 0 || (rows.data && unzeroed));
     rows.unzeroed = unzeroed;
     rows.count = count;
     rows.dim = dim;
-    if (first && unzeroed)
+    if (first)
         memset(unzeroed, 1, (size_t)cmb_blocks(count));
+    return rows;
+}
+
+/* The same, unless the rows hold the sums of earlier components, to which this one adds. */
+static cmb_rows zeroed_or_held(cmb_rows rows, int64_t count, int64_t dim, uint8_t *unzeroed, bool first, bool is_held) {
+    if (!is_held)
+        return zeroed(rows, count, dim, unzeroed, first);
+    rows.count = count;
+    rows.dim = dim;
     return rows;
 }
 
@@ -292,12 +301,12 @@ static void begin_bias_gradients(const cmb_call *call, cmb_slot *slot) {
     head->grad.key_bias = head->grad.region_bias = no_rows;
     if (p->key_bias.data)
         head->grad.key_bias =
-            sums_of(positions_as_computed(call, &g->key_bias, id), head->L, 1,
-                    call->component > 0 ? NULL : slot->unzeroed.key_bias, first || p->key_bias.heads == p->Hq);
+            zeroed_or_held(positions_as_computed(call, &g->key_bias, id), head->L, 1, slot->unzeroed.key_bias,
+                           first || p->key_bias.heads == p->Hq, call->component > 0);
     if (given->data || slot->bias_grad) {
         const cmb_rows callers = regions_as_computed(call, summarize ? &g->region_bias : &g->summary_bias, id);
-        head->grad.region_bias = sums_of(own_or(slot->bias_grad, 1, callers), head->R, 1, slot->unzeroed.region_bias,
-                                         first || !given->data || given->heads == p->Hq);
+        head->grad.region_bias = zeroed(own_or(slot->bias_grad, 1, callers), head->R, 1, slot->unzeroed.region_bias,
+                                        first || !given->data || given->heads == p->Hq);
     }
     const cmb_array *summary = &g->summary_bias; /* of Hk heads: one array for a group, which adds it once */
     if (summarize && summary->data && head->grad.region_bias.data && id->h % (p->Hq / summary->heads) == 0)
@@ -320,10 +329,9 @@ void cmb_begin_gradients(const cmb_call *call, cmb_slot *slot, int worker) {
     const cmb_rows query = own_or(slot->position.query_grad, D, queries(call, &g->query, id));
     const cmb_rows key = own_or(slot->position.key_grad, D, positions(call, &g->key, id));
     const cmb_rows value = own_or(slot->position.value_grad, Dv, positions(call, &g->value, id));
-    /* Where a later component adds, the rows hold the sums of those before. */
-    head->grad.query = sums_of(query, head->queries, D, call->adds ? NULL : slot->unzeroed.query, true);
-    head->grad.key = sums_of(key, L, D, call->adds ? NULL : slot->unzeroed.key, first);
-    head->grad.value = sums_of(value, L, Dv, call->adds ? NULL : slot->unzeroed.value, first);
+    head->grad.query = zeroed_or_held(query, head->queries, D, slot->unzeroed.query, true, call->adds);
+    head->grad.key = zeroed_or_held(key, L, D, slot->unzeroed.key, first, call->adds);
+    head->grad.value = zeroed_or_held(value, L, Dv, slot->unzeroed.value, first, call->adds);
     head->grad.out = queries(call, &g->out, id);
     head->grad.lse = queries_as_computed(call, &g->lse, id);
 
@@ -339,15 +347,15 @@ void cmb_begin_gradients(const cmb_call *call, cmb_slot *slot, int worker) {
     const bool begins_key = first || !given_key->data || given_key->heads == p->Hq;
     const int64_t keys = call->own_keys ? call->table_keys : R;
     head->grad.region_key =
-        sums_of(own_or(slot->key_grad, D, region_key), keys, D, slot->unzeroed.region_key, begins_key);
-    head->grad.region_value = sums_of(own_or(slot->value_grad, Dv, summarize ? no_rows : summary_value), keys, Dv,
-                                      slot->unzeroed.region_value, true);
+        zeroed(own_or(slot->key_grad, D, region_key), keys, D, slot->unzeroed.region_key, begins_key);
+    head->grad.region_value = zeroed(own_or(slot->value_grad, Dv, summarize ? no_rows : summary_value), keys, Dv,
+                                     slot->unzeroed.region_value, true);
     begin_bias_gradients(call, slot);
     if (!summarize)
         return;
     const int64_t queries = call->own_queries ? call->table_queries : R;
     head->grad.region_query =
-        sums_of(own_or(slot->query_grad, D, region_query), queries, D, slot->unzeroed.region_query, true);
+        zeroed(own_or(slot->query_grad, D, region_query), queries, D, slot->unzeroed.region_query, true);
     /* The gradient of a summary_key of Hk heads is one array for a group, which adds it once. */
     if (g->summary_key.data && id->h % (p->Hq / g->summary_key.heads) == 0)
         call->stage->add(R, D, head->region_softmax, summary_key, head->grad.region_key, call->scratch[worker]);

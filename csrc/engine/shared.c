@@ -125,13 +125,13 @@ static void zero_shared(void *context, int64_t index, int worker) {
  * so on to the first task. first_item counts the other way, from the first task: a task's pools, then its tiles. With
  * lanes these are the items of the last head, then those of the head before it, up to the first one; and then come the
  * tiles once more, for all heads. Of the two items that a tile has for a head, one does nothing. */
-static void number_tiles(const cmb_call *call, const cmb_slot *slot, cmb_sharing *sharing) {
+static void number_tiles(const cmb_call *call, const cmb_slot *slot, cmb_shared_head *shared_head) {
     const cmb_plan *plan = slot->head.plan;
-    sharing->items = 0;
+    shared_head->items = 0;
     for (int32_t i = 0; i < plan->tasks; i++) {
         const cmb_task *task = &plan->task[slot->order[i]];
-        sharing->first_item[i] = sharing->items;
-        sharing->items += (int32_t)cmb_count_items(call, 1, task[1].tile - task[0].tile);
+        shared_head->first_item[i] = shared_head->items;
+        shared_head->items += (int32_t)cmb_count_items(call, 1, task[1].tile - task[0].tile);
     }
 }
 
@@ -151,8 +151,8 @@ static int32_t find_task(const int32_t *first, int32_t tasks, int32_t at) {
 static void run_tile(const cmb_call *call, int64_t n, int32_t number, int worker) {
     const cmb_slot *slot = &call->slot[n * call->lanes];
     const cmb_plan *plan = slot->head.plan;
-    const cmb_sharing *sharing = &call->backward.sharing[n];
-    const int32_t *first = sharing->first_item, at = sharing->items - 1 - number;
+    const cmb_shared_head *shared_head = &call->backward.shared_head[n];
+    const int32_t *first = shared_head->first_item, at = shared_head->items - 1 - number;
     cmb_item *item = &call->backward.item[worker];
     CMB_ASSERT(at >= 0);
     const int32_t i = find_task(first, plan->tasks, at), task = slot->order[i];
@@ -256,13 +256,13 @@ static void end_zeroing(const cmb_call *call, const cmb_slot *slot, const cmb_ti
 }
 
 /* In the order of one worker, which is that of cmb_slot.order from its end. */
-static void number_tasks(const cmb_slot *slot, cmb_sharing *sharing) {
+static void number_tasks(const cmb_slot *slot, cmb_shared_head *shared_head) {
     const cmb_plan *plan = slot->head.plan;
-    sharing->items = 0;
+    shared_head->items = 0;
     for (int32_t i = plan->tasks - 1; i >= 0; i--)
-        if (sharing->items == 0 || cmb_begins_item(plan, slot->order[i]))
-            sharing->first_item[sharing->items++] = i;
-    sharing->first_item[sharing->items] = -1;
+        if (shared_head->items == 0 || cmb_begins_item(plan, slot->order[i]))
+            shared_head->first_item[shared_head->items++] = i;
+    shared_head->first_item[shared_head->items] = -1;
 }
 
 /* The rows that a task's tiles of positions add to. */
@@ -323,7 +323,7 @@ static bool run_task(const cmb_call *call, const cmb_head *head, int32_t task, c
 
 static void run_tasks(const cmb_call *call, int64_t n, int32_t number, int worker) {
     const cmb_slot *slot = &call->slot[n];
-    const int32_t *first = &call->backward.sharing[n].first_item[number];
+    const int32_t *first = &call->backward.shared_head[n].first_item[number];
     cmb_item *item = &call->backward.item[worker];
     if (!cmb_enter(item, number))
         return;
@@ -349,18 +349,18 @@ static void begin_shared(void *context, int64_t n, int worker) {
     const cmb_call *call = context;
     const cmb_problem *p = call->problem;
     cmb_slot *slot = &call->slot[n * call->lanes];
-    cmb_sharing *sharing = &call->backward.sharing[n];
+    cmb_shared_head *shared_head = &call->backward.shared_head[n];
     cmb_head_id id = cmb_head_number(call, call->heads - call->backward.shared + n, p->Hk);
     id.h = id.h * (p->Hq / p->Hk) + call->backward.group_head;
     for (int h = 0; h < call->lanes; h++, id.h++)
         cmb_begin_backward(call, &slot[h], id, worker);
     if (call->backward.by_task) {
         begin_zeroing(call, slot);
-        number_tasks(slot, sharing);
+        number_tasks(slot, shared_head);
     } else {
-        number_tiles(call, slot, sharing);
+        number_tiles(call, slot, shared_head);
     }
-    cmb_begin_tickets(&sharing->tickets, slot->head.L + slot->head.R);
+    cmb_begin_tickets(&shared_head->tickets, slot->head.L + slot->head.R);
 }
 
 static void pool_shared(void *context, int64_t index, int worker) {
@@ -387,11 +387,11 @@ static void run_items(void *context, int64_t index, int worker) {
     const cmb_call *call = context;
     for (int64_t n = 0; n < call->backward.shared; n++) {
         const int64_t at = (index + n) % call->backward.shared;
-        cmb_sharing *sharing = &call->backward.sharing[at];
+        cmb_shared_head *shared_head = &call->backward.shared_head[at];
         int32_t number;
-        call->backward.item[worker].tickets = &sharing->tickets;
+        call->backward.item[worker].tickets = &shared_head->tickets;
         while (!cmb_cancelled(call->cancel, worker) &&
-               (number = atomic_fetch_add(&sharing->tickets.claimed, 1)) < sharing->items)
+               (number = atomic_fetch_add(&shared_head->tickets.claimed, 1)) < shared_head->items)
             (call->backward.by_task ? run_tasks : run_tile)(call, at, number, worker);
     }
 }
@@ -400,7 +400,7 @@ static void end_shared(void *context, int64_t n, int worker) {
     const cmb_call *call = context;
     const cmb_slot *slot = &call->slot[n * call->lanes];
     if (call->backward.by_task)
-        end_zeroing(call, slot, &call->backward.sharing[n].tickets, worker);
+        end_zeroing(call, slot, &call->backward.shared_head[n].tickets, worker);
     for (int h = 0; h < call->lanes; h++)
         cmb_end_gradients(call, &slot[h], worker);
 }

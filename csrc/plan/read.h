@@ -102,7 +102,7 @@ static inline bool cmb_is_of_positions(const cmb_plan *plan, int32_t tile) {
     return cmb_list_at(plan, plan->tile[tile].query, 0) < plan->L;
 }
 
-/* Whether the task's last tile is of positions. Where such tiles come last, the task has one only then. */
+/* Whether the task ends with a tile of positions. */
 static inline bool cmb_attends(const cmb_plan *plan, int32_t task) {
     const int32_t end = plan->task[task + 1].tile;
     return end > plan->task[task].tile && cmb_is_of_positions(plan, end - 1);

@@ -79,7 +79,8 @@ static void gather_children(const cmb_head *head, const cmb_pool *pool, const po
     }
 }
 
-/* w->stored_child becomes the live children's rows of 16-bit numbers. False where one of them is REAL. */
+/* w->stored_child becomes the live children's rows of 16-bit numbers. False if a child is a region, whose row is REAL.
+ */
 static bool gather_stored_children(const cmb_head *head, const cmb_pool *pool, const pooled *rows, cmb_scratch *w) {
     for (int32_t t = 0, n = 0; is_narrow && t < pool->child.count; t++) {
         const int32_t x = cmb_list_at(head->plan, pool->child, t);
@@ -102,15 +103,15 @@ static void gather_child_gradients(const cmb_head *head, const cmb_pool *pool, c
 static void pool_rows(const cmb_head *head, const cmb_pool *pool, const pooled *rows, int32_t n, int32_t total,
                       cmb_scratch *w) {
     REAL *to = pool_row(head, rows, pool->row);
-    const bool is_max = n > 1 && head->plan->pooling == CMB_POOL_MAX;
-    if (is_max && gather_stored_children(head, pool, rows, w)) {
+    const bool is_max_of_several = n > 1 && head->plan->pooling == CMB_POOL_MAX;
+    if (is_max_of_several && gather_stored_children(head, pool, rows, w)) {
         w->format->max_pool(n, w->stored_child, head->D, (float *)to, false);
         return;
     }
     gather_children(head, pool, rows, w);
     if (n == 1) { /* the child itself, without rounding, whatever the pooling */
         memcpy(to, w->child[0], (size_t)head->D * sizeof(REAL));
-    } else if (is_max) {
+    } else if (is_max_of_several) {
         w->kernel->max_pool(n, w->child, head->D, to, false);
     } else {
         const REAL *weight = w->weight;
@@ -151,7 +152,8 @@ static void pool_biases(const cmb_head *head, const cmb_pool *pool, int32_t n, i
 static inline bool is_own(const int32_t *place, int64_t r) { return place && place[r] < 0; }
 
 /* What pool steps make; with OWN_ROWS only the q_R and k_R in the worker's scratch, and the rows that these need.
- * COUNTS are those of the table, which workers that share a head write before any of them reads. */
+ * COUNTS are those of the table; those of scratch rows are always made. A task's counts of the table are written once,
+ * by `pool`, because workers that share a head read them later. */
 enum { QUERIES = 1, KEYS = 2, BIASES = 4, OWN_ROWS = 8, COUNTS = 16 };
 
 static bool makes_queries(const cmb_head *head, int64_t r, int what) {
@@ -246,11 +248,11 @@ static void pool_rows_backward(const cmb_head *head, const cmb_pool *pool, const
     const REAL *top = pool_row(head, rows, pool->row);
     REAL *grad = pool_row(head, grads, pool->row);
     gather_child_gradients(head, pool, grads, w);
-    const bool is_max = n > 1 && head->plan->pooling == CMB_POOL_MAX;
-    if (is_max && gather_stored_children(head, pool, rows, w)) {
+    const bool is_max_of_several = n > 1 && head->plan->pooling == CMB_POOL_MAX;
+    if (is_max_of_several && gather_stored_children(head, pool, rows, w)) {
         w->format->max_pool_backward(n, w->stored_child, head->D, (const float *)top, (const float *)grad,
                                      (float *const *)(void *)w->child_grad);
-    } else if (is_max) {
+    } else if (is_max_of_several) {
         gather_children(head, pool, rows, w);
         w->kernel->max_pool_backward(n, w->child, head->D, top, grad, w->child_grad);
     } else {

@@ -94,7 +94,8 @@ static void half_rows(void) {
         }
 }
 
-/* The largest of each column of stored rows, and where its gradient goes: to the first row that holds it. */
+/* The largest of each column of stored rows, alone or with what was there, and where its gradient goes: to the first
+ * row that holds it. */
 static void half_maxima(void) {
     for (int format = 0; format < 2; format++)
         for (int64_t dim = 1; dim <= 70; dim += 1 + random_below(3))
@@ -102,11 +103,13 @@ static void half_maxima(void) {
                 CASE("%s: the largest of %d rows of %lld", formats[format].name, n, (long long)dim);
                 const bool all_finite = random_below(2);
                 uint16_t **row = take(n, sizeof *row);
-                float **wide = take(n, sizeof *wide), **grad_row = take(n, sizeof *grad_row);
-                float *want = take(dim, sizeof *want), *grad = uniforms_f32(dim, -1, 1);
+                float **wide = take(n, sizeof *wide), **before = take(n, sizeof *before);
+                float **grad_row = take(n, sizeof *grad_row);
+                float *want = take(dim, sizeof *want), *grad = uniforms_f32(dim, -1, 1), *top = take(dim, sizeof *top);
                 for (int i = 0; i < n; i++) {
                     row[i] = take(dim, sizeof **row);
                     wide[i] = take(dim, sizeof **wide);
+                    before[i] = uniforms_f32(dim, -1, 1);
                     grad_row[i] = take(dim, sizeof **grad_row);
                     for (int64_t d = 0; d < dim; d++) /* few numbers, so that some are equal; or any bits, NaN too */
                         row[i][d] = (uint16_t)(all_finite || random_below(20) ? random_bits() & 0x8300 : random_bits());
@@ -116,20 +119,23 @@ static void half_maxima(void) {
                 }
                 for (int isa = 0; isa < cmb_isa_count(); isa++) {
                     const cmb_narrow_format *half = half_of(isa, format);
-                    float *top = take(dim, sizeof *top);
-                    half->max_pool(n, (const uint16_t *const *)row, dim, top, false);
-                    for (int64_t d = 0; d < dim; d++)
-                        CHECK(same_f32(top[d], want[d]) || (isnan(top[d]) && isnan(want[d])), "%s [%lld]: %s",
-                              isas[isa].name, (long long)d, context);
+                    half->max_pool(1, (const uint16_t *const *)row, dim, top, false);
+                    half->max_pool(n - 1, (const uint16_t *const *)row + 1, dim, top, true);
+                    for (int again = 0; again < 2; again++) {
+                        for (int64_t d = 0; d < dim; d++)
+                            CHECK(same_f32(top[d], want[d]) || (isnan(top[d]) && isnan(want[d])), "%s [%lld]: %s",
+                                  isas[isa].name, (long long)d, context);
+                        half->max_pool(n, (const uint16_t *const *)row, dim, top, false);
+                    }
                     for (int i = 0; i < n; i++)
-                        memset(grad_row[i], 0, (size_t)dim * sizeof **grad_row);
+                        memcpy(grad_row[i], before[i], (size_t)dim * sizeof **grad_row);
                     half->max_pool_backward(n, (const uint16_t *const *)row, dim, top, grad, grad_row);
                     for (int64_t d = 0; d < dim; d++) {
                         bool given = false;
                         for (int i = 0; i < n; i++) {
                             const bool hit = !given && (wide[i][d] == want[d] || (isnan(wide[i][d]) && isnan(want[d])));
-                            CHECK(grad_row[i][d] == (hit ? grad[d] : 0), "%s row %d [%lld]: %s", isas[isa].name, i,
-                                  (long long)d, context);
+                            CHECK(grad_row[i][d] == (hit ? before[i][d] + grad[d] : before[i][d]),
+                                  "%s row %d [%lld]: %s", isas[isa].name, i, (long long)d, context);
                             given |= hit;
                         }
                     }

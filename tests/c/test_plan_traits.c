@@ -393,24 +393,64 @@ typedef struct {
     int64_t rows, regions, low, high;
 } met;
 
+static void meet_list(const cmb_plan *plan, cmb_list list, bool is_attended, met *it) {
+    for (int64_t n = 0; n < list.count; n++) {
+        const int64_t row = row_at(plan, list, n);
+        it->rows += is_attended;
+        it->regions += is_attended && row >= plan->L;
+        it->low = row < plan->L && row < it->low ? row : it->low;
+        it->high = row < plan->L && row > it->high ? row : it->high;
+    }
+}
+
+static bool is_of_positions(const cmb_plan *plan, int64_t tile) {
+    return row_at(plan, plan->tile[tile].query, 0) < plan->L;
+}
+
 static met meet(const cmb_plan *plan, int64_t task, bool of_positions) {
     met it = {.low = plan->L, .high = -1};
     for (int64_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile; tile++) {
-        if ((row_at(plan, plan->tile[tile].query, 0) < plan->L) != of_positions)
+        if (is_of_positions(plan, tile) != of_positions)
             continue;
-        for (int64_t run = plan->tile[tile].run - 1; run < plan->tile[tile + 1].run; run++) {
-            const bool is_query = run < plan->tile[tile].run;
-            const cmb_list list = is_query ? plan->tile[tile].query : plan->run[run].row;
-            for (int64_t n = 0; n < list.count; n++) {
-                const int64_t row = row_at(plan, list, n);
-                it.rows += !is_query;
-                it.regions += !is_query && row >= plan->L;
-                it.low = row < plan->L && row < it.low ? row : it.low;
-                it.high = row < plan->L && row > it.high ? row : it.high;
-            }
-        }
+        meet_list(plan, plan->tile[tile].query, false, &it);
+        for (int64_t run = plan->tile[tile].run; run < plan->tile[tile + 1].run; run++)
+            meet_list(plan, plan->run[run].row, true, &it);
     }
     return it;
+}
+
+/* Tickets: of a tile two for each query and one for each row, of a pool step two for the region and for each child. */
+static int64_t tickets_of(const cmb_plan *plan, int64_t tile) {
+    return 2 * plan->tile[tile].query.count + count_rows_of(plan, tile);
+}
+
+static int64_t tickets_of_pools(const cmb_plan *plan, int64_t task) {
+    int64_t tickets = 0;
+    for (int64_t n = plan->task[task].pool; n < plan->task[task + 1].pool; n++)
+        tickets += 2 + 2 * plan->pool[n].child.count;
+    return tickets;
+}
+
+/* Backward takes the last task of every wave, from the last wave on; then the tasks before them. */
+static void check_tickets(const cmb_plan *plan) {
+    const cmb_plan_sharing *got = &plan->traits.sharing;
+    int64_t of_tile = 0, of_task = 0, sum = 0;
+    for (int64_t t = plan->tasks - 1; t >= 0; t--)
+        for (int64_t wave = plan->waves - 1; wave >= 0; wave--) {
+            const int64_t task = plan->wave[wave] + t,
+                          end = task < plan->wave[wave + 1] ? plan->task[task + 1].tile : 0;
+            if (task >= plan->wave[wave + 1])
+                continue;
+            const bool begins = !plan->traits.is_fusible || meet(plan, task, true).high >= 0;
+            sum = (begins ? 0 : sum) + tickets_of_pools(plan, task);
+            of_tile = tickets_of_pools(plan, task) > of_tile ? tickets_of_pools(plan, task) : of_tile;
+            for (int64_t tile = plan->task[task].tile; tile < end; tile++) {
+                sum += tickets_of(plan, tile);
+                of_tile = tickets_of(plan, tile) > of_tile ? tickets_of(plan, tile) : of_tile;
+            }
+            of_task = sum > of_task ? sum : of_task;
+        }
+    CHECK(got->tickets_of_tile == of_tile && (!got->by_task || got->tickets_of_task == of_task));
 }
 
 static void check_sharing(const factorization *f, const cmb_plan *plan) {
@@ -421,8 +461,7 @@ static void check_sharing(const factorization *f, const cmb_plan *plan) {
         const met positions = meet(plan, task, true), members = meet(plan, task, false);
         by_task = by_task && positions.low > attended;
         for (int64_t tile = plan->task[task].tile; tile < plan->task[task + 1].tile - 1; tile++)
-            by_task = by_task && (row_at(plan, plan->tile[tile].query, 0) >= plan->L ||
-                                  row_at(plan, plan->tile[tile + 1].query, 0) < plan->L);
+            by_task = by_task && (!is_of_positions(plan, tile) || is_of_positions(plan, tile + 1));
         are_apart = are_apart || members.low <= summarized;
         attended = positions.high > attended ? positions.high : attended;
         summarized = members.high > summarized ? members.high : summarized;
@@ -435,6 +474,7 @@ static void check_sharing(const factorization *f, const cmb_plan *plan) {
         CHECK(got->are_positions_apart == are_apart && got->rows_apart == (are_apart ? rows : regions),
               "kind %d L %lld span %lld: %lld rows", (int)f->kind, (long long)f->L, (long long)f->span,
               (long long)got->rows_apart);
+    check_tickets(plan);
     const bool has_spans = (f->kind == FIXED || f->kind == TREE) && f->span <= 125 && f->span < f->L;
     if ((has_spans || f->kind == LOGSPARSE || f->kind == HIERARCHICAL) && !f->is_sparse)
         CHECK(got->by_task, "kind %d L %lld", (int)f->kind, (long long)f->L);
