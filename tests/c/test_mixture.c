@@ -135,20 +135,11 @@ static void mixtures(void) {
                 R += plan[n]->R;
             }
             fixture *kept = new_mixture(asked, plan, R), *summed = new_mixture(asked, plan, R);
-            fixture *on_one_thread = new_mixture(asked, plan, R);
             summed->problem.component_out.data = NULL;
             forward(kept);
             forward(summed);
             check_same(kept, &kept->problem.out, summed, &summed->problem.out, asked.L, asked.Dv, "out");
             backward(kept);
-            CHECK(cmb_set_num_threads(1, NULL) == CMB_OK);
-            forward(on_one_thread);
-            backward(on_one_thread);
-            CHECK(cmb_set_num_threads(counts[options % 3], NULL) == CMB_OK);
-            const cmb_gradients *one = &on_one_thread->gradients, *several = &kept->gradients;
-            check_same(kept, &several->query, on_one_thread, &one->query, asked.L, asked.D, "gradient of query");
-            check_same(kept, &several->key, on_one_thread, &one->key, asked.L, asked.D, "gradient of key");
-            check_same(kept, &several->value, on_one_thread, &one->value, asked.L, asked.Dv, "gradient of value");
             const struct {
                 const cmb_array *term[COMPONENTS], *mean;
                 int64_t dim;
@@ -172,9 +163,47 @@ static void mixtures(void) {
             for (int n = 0; n < COMPONENTS; n++)
                 free_fixture(alone[n]);
             free_fixture(kept);
-            free_fixture(on_one_thread);
             free_fixture(summed);
         }
+    CHECK(cmb_set_num_threads(0, NULL) == CMB_OK);
+}
+
+/* Threads that share heads, by task and by tile, give the gradients of one thread: later components add to rows that
+ * hold the sums of those before. */
+static void shared_heads(void) {
+    static const pattern by_task[] = {FIXED, LOGSPARSE, HIERARCHICAL}, by_tile[] = {WINDOW, DENSE, FIXED};
+    for (int options = 0; options < 8; options++) {
+        request asked = large(FIXED);
+        asked.L = 1100; /* tasks for three threads */
+        asked.dtype = (cmb_dtype)(options & 1);
+        asked.masked = options >> 1 & 1;
+        const pattern *which = options >> 2 ? by_tile : by_task;
+        const cmb_plan *plan[COMPONENTS];
+        int64_t R = 0;
+        CASE("shared heads, options %d", options);
+        for (int n = 0; n < COMPONENTS; n++) {
+            request component = asked;
+            component.pattern = which[n];
+            plan[n] = new_plan(&component);
+            R += plan[n]->R;
+            CHECK(plan[n]->traits.sharing.by_task == (which[n] != WINDOW && which[n] != DENSE));
+        }
+        fixture *alone = new_mixture(asked, plan, R), *together = new_mixture(asked, plan, R);
+        for (int threads = 1; threads <= 3; threads += 2) { /* of four key heads three threads share one */
+            const fixture *f = threads == 1 ? alone : together;
+            CHECK(cmb_set_num_threads(threads, NULL) == CMB_OK);
+            forward(f);
+            backward(f);
+        }
+        const cmb_gradients *a = &alone->gradients, *b = &together->gradients;
+        check_same(alone, &a->query, together, &b->query, asked.L, asked.D, "gradient of query");
+        check_same(alone, &a->key, together, &b->key, asked.L, asked.D, "gradient of key");
+        check_same(alone, &a->value, together, &b->value, asked.L, asked.Dv, "gradient of value");
+        for (int n = 0; n < COMPONENTS; n++)
+            cmb_plan_free((cmb_plan *)plan[n]);
+        free_fixture(alone);
+        free_fixture(together);
+    }
     CHECK(cmb_set_num_threads(0, NULL) == CMB_OK);
 }
 
@@ -293,10 +322,7 @@ static void cancelled(void) {
 
 int main(int argc, char **argv) {
     static const test_case tests[] = {
-        TEST(mixtures),
-        TEST(wrong_mixtures),
-        TEST(memory),
-        TEST(cancelled),
+        TEST(mixtures), TEST(shared_heads), TEST(wrong_mixtures), TEST(memory), TEST(cancelled),
     };
     return test_main(argc, argv, tests, sizeof tests / sizeof *tests);
 }
