@@ -249,7 +249,7 @@ MEMORY = tuple(
         made=pattern,
         length=length,
         backward=b,
-        limit=(1, 3)[b] if length == 65536 else None,
+        limit=(1, 3.5 if "mixture" in name else 3)[b] if length == 65536 else None,
     )
     for name, pattern, lengths in (
         ("dense", Dense(), (4096, 16384)),
