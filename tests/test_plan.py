@@ -27,6 +27,7 @@ from combiner import (
     Window,
     reference,
 )
+from combiner.patterns import Sparse
 
 EVERY = [
     *PATTERNS.values(),
@@ -367,7 +368,7 @@ def test_plans_are_small(name, is_causal):
 @pytest.mark.parametrize("is_causal", (True, False))
 @pytest.mark.parametrize("name", MADE)
 def test_plans_are_quick_to_make(rng, name, is_causal):
-    """Beside a forward of 8 heads of 64 features on two threads: under 5%; 20% where each head has its own plan."""
+    """Beside a forward of 8 heads of 64 features on two threads: under 10%; 25% where each head has its own plan."""
     L = 16384
     q, k, v = rng.standard_normal((3, 8, L, 64), np.float32)
     pattern = MADE[name](L)
@@ -384,8 +385,10 @@ def test_plans_are_quick_to_make(rng, name, is_causal):
 
     with combiner.num_threads(2):
         forward = seconds(lambda: combiner.attention(q, k, v, plan), 1 if name == "dense" else 5)
-    making = seconds(lambda: pattern._build(L, is_causal, False), 15)
-    assert making < (0.2 if isinstance(plan, tuple) else 0.05) * forward
+    is_sparse = isinstance(pattern, Sparse)
+    factorization = pattern.pattern if is_sparse else pattern
+    making = seconds(lambda: factorization._build(L, is_causal, is_sparse), 15)
+    assert making < (0.25 if isinstance(plan, tuple) else 0.1) * forward
 
 
 def test_parts_as_pairs_of_arrays():
