@@ -288,6 +288,12 @@ def test_empty():
         np.testing.assert_array_equal(update_centroids(given, x, np.zeros(shape[:-1], np.int8)), given)
 
 
+def test_heads_without_positions_take_no_time():
+    """2^40 of them were gone through, one by one."""
+    x = np.broadcast_to(np.float32(1), (2**40, 0, 3))
+    assert cluster(x, 3).shape == cluster(x, 3, balanced=True).shape == (2**40, 0)
+
+
 # ---- bits
 
 

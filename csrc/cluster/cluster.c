@@ -120,9 +120,11 @@ static cmb_status check_request(const request *r, cmb_error *error) {
 
 static cmb_status execute(const request *r, cmb_error *error) {
     TRY(check_request(r, error));
-    if (r->problem->B == 0 || r->problem->H == 0)
+    const cmb_clustering *p = r->problem;
+    /* There may be any number of heads without positions; then centroids alone are written. */
+    if (p->B == 0 || p->H == 0 || (p->L == 0 && !p->new_centroids.data))
         return CMB_OK;
-    return r->problem->dtype == CMB_FLOAT32 ? execute_f32(r, error) : execute_f64(r, error);
+    return p->dtype == CMB_FLOAT32 ? execute_f32(r, error) : execute_f64(r, error);
 }
 
 cmb_status cmb_cluster(const cmb_clustering *problem, int64_t iterations, uint64_t seed, bool balanced,
