@@ -146,11 +146,13 @@ typedef struct {
      * the tasks before, so that the queries of two tasks meet in regions alone. What a task's queries add to the
      * gradients of regions is kept apart until the task's turn comes. */
     bool by_task;
-    /* By task: regions of several tasks have positions in common, so that what is added to positions is kept apart too;
-     * rows whose sums a task keeps apart, at most; rows that an item of tasks waits for, at most. */
+    /* By task alone: whether regions of several tasks have positions in common. Then sums for positions are kept apart
+     * too. */
     bool are_positions_apart;
-    int64_t rows_apart, tickets_of_task;
-    int64_t tickets_of_tile; /* rows that a tile, or the pools of a task, waits for, at most */
+    int64_t rows_apart; /* by task alone: the most rows whose sums a task keeps apart */
+    int64_t
+        tickets_of_task; /* by task alone: the most rows that a worker's task, and those it takes with it, wait for */
+    int64_t tickets_of_tile; /* the most rows that a tile, or the pools of a task, waits for */
 } cmb_plan_sharing;
 
 /* What is derived from a plan's arrays when the plan is made. The arrays that a caller brings leave it empty. */

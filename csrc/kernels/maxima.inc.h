@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * The kernels max_pool and max_pool_backward (kernels.h), of rows of floats and of stored 16-bit numbers, which are
- * widened on the way. Parameters, and those of bodies.inc.h:
+ * widened as they are loaded. Parameters, beside those of bodies.inc.h:
  *   P(name)              name of a function of this file
  *   ROW                  type of an element of a row
  *   LOAD(p)              a vector of a row's elements, as REAL
